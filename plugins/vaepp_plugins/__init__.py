@@ -1,0 +1,1 @@
+"""The first-party model families, registered through the public hooks only."""

@@ -1,0 +1,88 @@
+"""The AutoencoderKL family: AutoencoderKL and AutoencoderKLFlux2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+from vaepp_sdk.vae.facts import TileGrid, VaeFacts
+from vaepp_sdk.vae.landing import ShardedSample
+
+__all__ = ["KLAdapter"]
+
+
+class KLAdapter:
+    """Adapts an AutoencoderKL; its tile geometry is that of diffusers' `tiled_decode` and `_tiled_encode`."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    def facts(self) -> VaeFacts:
+        """See `VaeAdapter.facts`."""
+        config = self.vae.config
+        widths = config.block_out_channels
+        decoder_widths = getattr(config, "decoder_block_out_channels", None) or widths
+        ratio = 2 ** (len(widths) - 1)
+        return VaeFacts(
+            vae_class=type(self.vae).__name__,
+            spatial_ratio=ratio,
+            latent_channels=config.latent_channels,
+            picture_channels=config.out_channels,
+            moment_channels=2 * config.latent_channels,
+            use_tiling=self.vae.use_tiling,
+            decode_tiles=self._grid(self._latent_tile, self._sample_tile),
+            encode_tiles=self._grid(self._sample_tile, self._latent_tile),
+            # Block input, norm output and activation output of the widest full-resolution layer.
+            peak_values_per_pixel=3.0 * max(decoder_widths[0], decoder_widths[min(1, len(widths) - 1)]),
+        )
+
+    @property
+    def _sample_tile(self) -> tuple[int, int]:
+        size = self.vae.tile_sample_min_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def _latent_tile(self) -> tuple[int, int]:
+        return (self.vae.tile_latent_min_size,) * 2
+
+    def _grid(self, tile: tuple[int, int], out_tile: tuple[int, int]) -> TileGrid:
+        factor = self.vae.tile_overlap_factor
+        blend = (int(out_tile[0] * factor), int(out_tile[1] * factor))
+        return TileGrid(
+            tile=tile,
+            step=(int(tile[0] * (1 - factor)), int(tile[1] * (1 - factor))),
+            blend=blend,
+            keep=(out_tile[0] - blend[0], out_tile[1] - blend[1]),
+        )
+
+    def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
+        """See `VaeAdapter.decode_window`."""
+        if self.vae.post_quant_conv is not None:
+            latent = self.vae.post_quant_conv(latent)
+        sample: torch.Tensor = self.vae.decoder(latent)
+        return sample
+
+    def encode_window(self, picture: torch.Tensor) -> torch.Tensor:
+        """See `VaeAdapter.encode_window`."""
+        moments: torch.Tensor = self.vae.encoder(picture)
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        return moments
+
+    def finish_decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """See `VaeAdapter.finish_decode`: this class changes nothing."""
+        return sample
+
+    def wrap_decode(self, sample: torch.Tensor | ShardedSample, return_dict: bool) -> Any:
+        """See `VaeAdapter.wrap_decode`."""
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def wrap_encode(self, moments: torch.Tensor | ShardedSample, return_dict: bool) -> Any:
+        """See `VaeAdapter.wrap_encode`: whole moments become the posterior, pieces stay pieces."""
+        posterior: Any = moments
+        if isinstance(moments, torch.Tensor):
+            posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)

@@ -1,0 +1,1 @@
+"""The first-party strategies, registered through the public hooks only."""

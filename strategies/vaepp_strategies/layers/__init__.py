@@ -1,0 +1,1 @@
+"""Layers that work on a part of a picture and ask other ranks for the rest."""

@@ -1,0 +1,70 @@
+"""vaepp: VAE decode and encode over the ranks that already run the diffusion transformer.
+
+Names that need torch are imported at first use, so that a spec can be checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vaepp_sdk.entries import DiTPlan, Option, PipelineEntry, StrategyEntry, TensorPlan, VaeEntry
+from vaepp_sdk.errors import (
+    AgreementError,
+    OutputError,
+    PeerError,
+    PluginError,
+    RankError,
+    RunError,
+    SpecError,
+    UnsupportedError,
+    UserError,
+    VaeppError,
+    VaeppWarning,
+)
+from vaepp_sdk.markers import hookimpl
+
+if TYPE_CHECKING:
+    from vaepp_sdk.pipeline import Pipeline
+    from vaepp_sdk.spec import PipelineSpec
+    from vaepp_sdk.vae.api import parallelize_vae
+
+__all__ = [
+    "AgreementError",
+    "DiTPlan",
+    "Option",
+    "OutputError",
+    "PeerError",
+    "Pipeline",
+    "PipelineEntry",
+    "PipelineSpec",
+    "PluginError",
+    "RankError",
+    "RunError",
+    "SpecError",
+    "StrategyEntry",
+    "TensorPlan",
+    "UnsupportedError",
+    "UserError",
+    "VaeEntry",
+    "VaeppError",
+    "VaeppWarning",
+    "__version__",
+    "hookimpl",
+    "parallelize_vae",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Pipeline": "vaepp_sdk.pipeline",
+    "PipelineSpec": "vaepp_sdk.spec",
+    "parallelize_vae": "vaepp_sdk.vae.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a lazy name."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,175 @@
+"""What plugins register: strategies, VAE classes and pipelines.
+
+Entries are plain data, so that a spec can be checked against them before anything heavy is imported. Where an
+entry must name code that imports torch, it names it as `"package.module:attribute"`, imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from vaepp_sdk.errors import PluginError
+
+if TYPE_CHECKING:
+    from vaepp_sdk.vae.facts import VaeFacts
+    from vaepp_sdk.vae.plan import Work
+
+__all__ = [
+    "DiTPlan",
+    "Option",
+    "PickRule",
+    "PipelineEntry",
+    "StrategyEntry",
+    "TensorPlan",
+    "VaeEntry",
+    "load_object",
+]
+
+PickRule = Callable[["VaeFacts", "Work"], str]
+"""Chooses a strategy by name for one piece of work, from facts that every rank has."""
+
+
+@attrs.frozen(kw_only=True)
+class Option:
+    """One setting of a strategy, written in the spec under `[vae.options]`.
+
+    Attributes:
+        name: the key.
+        kind: the TOML type it takes; there is no coercion.
+        default: the value where the spec names none; None means the strategy chooses.
+        help: one sentence, with the unit.
+        minimum: the smallest number allowed, or None.
+        maximum: the largest number allowed, or None.
+        choices: the only values allowed, or empty.
+    """
+
+    name: str
+    kind: Literal["integer", "number", "string", "boolean"]
+    default: int | float | str | bool | None = None
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class StrategyEntry:
+    """A way to cut, run and join VAE work.
+
+    Attributes:
+        name: what a spec writes as `vae.strategy`.
+        factory: the strategy's class as `"module:attribute"`, or a callable; it is called with the options
+            as keyword arguments and returns a `vaepp_sdk.vae.strategy.Strategy`.
+        promise: what it guarantees and against which reference, in one sentence.
+        options: the settings it takes.
+        uses_tiling: True where the VAE's own tiling must be on for it to do its work.
+    """
+
+    name: str
+    factory: str | Callable[..., Any]
+    promise: str
+    options: tuple[Option, ...] = ()
+    uses_tiling: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class VaeEntry:
+    """A VAE class that can be decoded over several ranks.
+
+    Attributes:
+        name: the diffusers class name; subclasses that keep its decode and encode are served too.
+        adapter: the adapter's class as `"module:attribute"`, called with the VAE.
+        strategies: the strategies validated for this class.
+        pick: the rule behind `strategy = "auto"`.
+    """
+
+    name: str
+    adapter: str | Callable[..., Any]
+    strategies: tuple[str, ...]
+    pick: PickRule
+
+
+@attrs.frozen(kw_only=True)
+class TensorPlan:
+    """Which layers tensor parallelism shards; module names are relative to a block.
+
+    Attributes:
+        blocks: module lists whose every member is a block, as in `layers`.
+        colwise: linear layers split by output features.
+        rowwise: linear layers split by input features; their outputs are summed over the ranks.
+        head_attributes: integer attributes of a block's submodules to divide by the number of ranks, as in
+            `attention.heads`.
+        widths: what must divide by the number of ranks: a name for the message, and the rule that reads the
+            width from the component's `config.json`.
+    """
+
+    blocks: tuple[str, ...]
+    colwise: tuple[str, ...]
+    rowwise: tuple[str, ...]
+    head_attributes: tuple[str, ...]
+    widths: Mapping[str, Callable[[Mapping[str, Any]], int]]
+
+
+@attrs.frozen(kw_only=True)
+class DiTPlan:
+    """How a pipeline's diffusion transformer is spread over the DiT group.
+
+    Attributes:
+        component: the pipeline's component, as named in `model_index.json`.
+        tensor: the tensor-parallel plan, or None where it is not supported.
+    """
+
+    component: str = "transformer"
+    tensor: TensorPlan | None = None
+
+
+@attrs.frozen(kw_only=True)
+class PipelineEntry:
+    """A pipeline vaepp knows how to run stage by stage.
+
+    Attributes:
+        name: the diffusers class name, as in `model_index.json`.
+        module: the module that defines it. Its source is read, not imported, to check `[call]`.
+        vae: the VAE class the pipeline uses, registered as a `VaeEntry`.
+        strategies: the strategies validated for this pipeline. Empty: not allowlisted for VAE PP.
+        stages: the stage functions' class as `"module:attribute"`, or a callable; it is called with no
+            argument and returns a `vaepp_sdk.stages.PipelineStages`.
+        pick: the rule behind `strategy = "auto"`; None takes the VAE entry's.
+        dit: the DiT plan; None where the DiT runs on one rank only.
+    """
+
+    name: str
+    module: str
+    vae: str
+    strategies: tuple[str, ...]
+    stages: str | Callable[..., Any]
+    pick: PickRule | None = None
+    dit: DiTPlan | None = None
+
+
+def load_object(reference: str | Callable[..., Any], owner: str) -> Callable[..., Any]:
+    """Import what an entry names.
+
+    Args:
+        reference: `"module:attribute"`, or the object itself.
+        owner: the plugin or entry to blame.
+
+    Raises:
+        PluginError: the reference is malformed, or cannot be imported.
+    """
+    if not isinstance(reference, str):
+        return reference
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise PluginError(owner, f'{reference!r} is not of the form "module:attribute"')
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(owner, f"cannot import {reference}: {error}") from error
+    if not callable(found):
+        raise PluginError(owner, f"{reference} is {type(found).__name__}, not something that can be called")
+    return found

@@ -1,0 +1,68 @@
+"""Checks a strategy's options against what its entry declares."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vaepp_sdk.entries import Option, StrategyEntry
+from vaepp_sdk.errors import Fault
+
+__all__ = ["nearest", "option_faults"]
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "boolean": (bool,),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the closest known key, or all of them where none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known here: {', '.join(names)}" if names else "nothing is known here"
+
+
+def option_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -> list[Fault]:
+    """Every fault in the options given for one strategy.
+
+    Args:
+        entry: the strategy.
+        options: names and values, as the user wrote them.
+        path: where they stand, as in `$.vae.options`.
+    """
+    declared = {option.name: option for option in entry.options}
+    faults = []
+    for name, value in options.items():
+        where = f"{path}.{name}"
+        if name not in declared:
+            fix = nearest(name, declared) if declared else f"strategy {entry.name!r} takes no options"
+            faults.append(Fault(where, f"strategy {entry.name!r} has no such option", fix))
+            continue
+        problem = _problem(declared[name], value)
+        if problem:
+            faults.append(Fault(where, f"found {value!r}", problem))
+    return faults
+
+
+def _problem(option: Option, value: Any) -> str | None:
+    """What is wrong with one value, as the sentence that says what would work."""
+    kinds = _KINDS[option.kind]
+    article = "an" if option.kind == "integer" else "a"
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return f"it must be {article} {option.kind}"
+    if option.choices and value not in option.choices:
+        return f"it must be one of {', '.join(map(repr, option.choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    if option.minimum is not None and value < option.minimum:
+        return f"it must be at least {option.minimum:g}"
+    if option.maximum is not None and value > option.maximum:
+        return f"it must be at most {option.maximum:g}"
+    return None

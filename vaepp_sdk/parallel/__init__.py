@@ -1,0 +1,1 @@
+"""Dimensions, the DiT group, and the VAE's view of it."""

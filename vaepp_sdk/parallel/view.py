@@ -1,0 +1,215 @@
+"""The VAE's view of the DiT group: its first n ranks, and the messages between them.
+
+No process group is created here, ever. Messages have their exact size; a buffer is never sent and received in
+one batch; every wait has a limit and names the peers it waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from vaepp_sdk.errors import PeerError
+
+__all__ = ["Pending", "Recv", "Send", "Traffic", "VaeGroup"]
+
+
+@attrs.frozen(eq=False)
+class Send:
+    """Send a contiguous tensor to a rank of the DiT group."""
+
+    tensor: torch.Tensor
+    to: int
+
+
+@attrs.frozen(eq=False)
+class Recv:
+    """Fill a contiguous tensor from a rank of the DiT group."""
+
+    tensor: torch.Tensor
+    source: int
+
+
+@attrs.define
+class Traffic:
+    """What one rank has sent since the last `reset`.
+
+    Attributes:
+        messages: point-to-point messages sent, plus broadcasts this rank was the source of.
+        nbytes: their bytes; a broadcast counts once for each receiver.
+    """
+
+    messages: int = 0
+    nbytes: int = 0
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self.messages = self.nbytes = 0
+
+    def add(self, tensor: torch.Tensor, receivers: int = 1) -> None:
+        """Count one message."""
+        self.messages += 1
+        self.nbytes += tensor.numel() * tensor.element_size() * receivers
+
+
+@attrs.define(eq=False)
+class Pending:
+    """Messages under way; `wait` ends when all have arrived."""
+
+    _group: VaeGroup
+    _what: str
+    _works: list[tuple[dist.Work, int]]
+    _copies: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def wait(self) -> None:
+        """Wait for every message, at most the group's time limit for each.
+
+        Raises:
+            PeerError: a peer is gone, or did not answer in time.
+        """
+        for work, peer in self._works:
+            try:
+                work.wait(self._group.timeout)
+            except RuntimeError as error:
+                raise PeerError(self._group.rank, [peer], self._what, _first_line(error)) from error
+        for target, staged in self._copies:
+            target.copy_(staged)
+        self._works, self._copies = [], []
+
+
+@attrs.define(eq=False)
+class VaeGroup:
+    """The first `size` ranks of a DiT group, seen from one of its ranks.
+
+    Attributes:
+        process_group: the DiT group's process group; None is the world group.
+        rank: this rank in the DiT group.
+        world_size: ranks in the DiT group.
+        size: the VAE PP size.
+        timeout: the limit of one wait.
+        traffic: what this rank has sent.
+        progress: told `(done, total)` as this rank works through its own pieces.
+    """
+
+    process_group: dist.ProcessGroup | None
+    rank: int
+    world_size: int
+    size: int
+    timeout: timedelta
+    traffic: Traffic = attrs.field(factory=Traffic)
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    @classmethod
+    def over(
+        cls, process_group: dist.ProcessGroup | None, size: int, timeout: timedelta = timedelta(minutes=10)
+    ) -> VaeGroup:
+        """View the first `size` ranks of a process group (None: the world group) of an initialised job.
+
+        Raises:
+            ValueError: the size is not between 1 and the group's size, or this process is not in the group.
+        """
+        rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if rank < 0:
+            raise ValueError("this process is not a member of the given process group")
+        if not 1 <= size <= world_size:
+            raise ValueError(f"a VAE PP size of {size} does not fit a DiT group of {world_size}")
+        return cls(process_group, rank, world_size, size, timeout)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this rank takes part in VAE work."""
+        return self.rank < self.size
+
+    def post(self, sends: Sequence[Send], recvs: Sequence[Recv], what: str) -> Pending:
+        """Post one batch of messages; the order between the same two ranks must agree on both sides.
+
+        Empty tensors are not sent, so both sides must agree on sizes, as plans do.
+
+        Args:
+            sends: what this rank sends; do not write to these tensors before `wait`.
+            recvs: what this rank receives.
+            what: names the exchange in errors.
+
+        Raises:
+            PeerError: a peer is gone.
+        """
+        operations: list[dist.P2POp] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for send in sends:
+            if send.tensor.numel():
+                self.traffic.add(send.tensor)
+                operations.append(self._operation(dist.isend, self._staged(send.tensor), send.to))
+        for recv in recvs:
+            if recv.tensor.numel():
+                staged = self._staged(recv.tensor, copy=False)
+                if staged is not recv.tensor:
+                    copies.append((recv.tensor, staged))
+                operations.append(self._operation(dist.irecv, staged, recv.source))
+        if not operations:
+            return Pending(self, what, [], [])
+        peers = [operation.group_peer for operation in operations]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise PeerError(self.rank, sorted(set(peers)), what, _first_line(error)) from error
+        # NCCL returns one work for the whole batch, gloo one for each message.
+        named = list(zip(works, peers, strict=False)) if len(works) == len(peers) else [(works[0], peers[0])]
+        return Pending(self, what, named, copies)
+
+    def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], what: str) -> None:
+        """Post one batch of messages and wait for it; see `post`."""
+        self.post(sends, recvs, what).wait()
+
+    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
+        """Fill `tensor` on every rank of the DiT group with rank `source`'s; all ranks must call it.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        if self.world_size == 1 or not tensor.numel():
+            return
+        if self.rank == source:
+            self.traffic.add(tensor, self.world_size - 1)
+        staged = self._staged(tensor)
+        try:
+            work = dist.broadcast(staged, group=self.process_group, group_src=source, async_op=True)
+            assert work is not None
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise PeerError(self.rank, [source], what, _first_line(error)) from error
+        if staged is not tensor:
+            tensor.copy_(staged)
+
+    def all_gather(self, tensor: torch.Tensor, ranks: int, what: str) -> list[torch.Tensor]:
+        """Everyone's `tensor`, from the first `ranks` ranks, in order; all of those ranks must call it.
+
+        For small tensors of one shape, such as statistics. Point to point, so that ranks beyond take no part.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        others = [peer for peer in range(ranks) if peer != self.rank]
+        mine = tensor.contiguous()
+        found = {peer: torch.empty_like(mine) for peer in others}
+        sends = [Send(mine, peer) for peer in others]
+        self.exchange(sends, [Recv(found[peer], peer) for peer in others], what)
+        return [found.get(peer, mine) for peer in range(ranks)]
+
+    def _operation(self, kind: object, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+        assert tensor.is_contiguous(), "messages are contiguous tensors"
+        return dist.P2POp(kind, tensor, group=self.process_group, group_peer=peer)
+
+    def _staged(self, tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:
+        """The tensor itself, or its image in host memory where the backend cannot read the device's."""
+        if tensor.device.type == "cpu" or dist.get_backend(self.process_group) != "gloo":
+            return tensor
+        return tensor.cpu() if copy else torch.empty_like(tensor, device="cpu")
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message: the rest is the backend's stack."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

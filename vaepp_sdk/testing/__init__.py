@@ -1,0 +1,9 @@
+"""Tools for testing strategies and pipelines: real ranks in a test, and live bytes counted.
+
+Shipped for plugin authors; nothing in the SDK's runtime uses it.
+"""
+
+from vaepp_sdk.testing.memory import LiveBytes
+from vaepp_sdk.testing.ranks import RankFailedError, run_ranks
+
+__all__ = ["LiveBytes", "RankFailedError", "run_ranks"]

@@ -1,0 +1,118 @@
+"""`parallelize_vae`: the one line for people with a diffusers script of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vaepp_sdk.entries import load_object
+from vaepp_sdk.errors import AgreementError, UnsupportedError, VaeppWarning
+from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.registry import Registry, default_registry
+from vaepp_sdk.vae.adapter import VaeAdapter
+from vaepp_sdk.vae.chooser import AUTO, StrategyChooser
+from vaepp_sdk.vae.plan import Output
+from vaepp_sdk.vae.wrapper import ParallelVAE
+
+__all__ = ["parallelize_vae"]
+
+
+def parallelize_vae(
+    vae: nn.Module,
+    *,
+    group: dist.ProcessGroup | None = None,
+    size: int | None = None,
+    strategy: str = AUTO,
+    output: Output = "all",
+    timeout: timedelta = timedelta(minutes=10),
+    registry: Registry | None = None,
+    **strategy_options: Any,
+) -> Any:
+    """Spread a VAE's decode and encode over ranks that already exist; creates no process group.
+
+    Every rank of the group calls this once, with the same arguments::
+
+        pipe.vae = parallelize_vae(pipe.vae)
+
+    Args:
+        vae: a diffusers VAE, loaded alike on every rank.
+        group: the process group that runs the DiT; None is the world group.
+        size: how many of its first ranks share the work; None is all of them. A larger size is reduced,
+            with a warning.
+        strategy: a registered strategy, or `auto` for the VAE class's own rule.
+        output: where results land: `all`, `rank0` (others get an empty batch) or `sharded` (a
+            `vaepp_sdk.vae.landing.ShardedSample` on every rank).
+        timeout: the limit of one wait for other ranks.
+        registry: where strategies and VAE classes are looked up; None is this process's own.
+        strategy_options: options of the named strategy.
+
+    Returns:
+        The VAE itself, untouched, where one rank would do all the work; else a `ParallelVAE`.
+
+    Raises:
+        UnsupportedError: the VAE class, strategy or an option is not known; on every rank alike.
+        AgreementError: the ranks were given different arguments; on every rank.
+    """
+    registry = registry or default_registry()
+    world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if world_size > 1:
+        # Before anything that one rank alone could refuse: a rank that raises must not leave others waiting.
+        settings = (type(vae).__name__, size, strategy, output, sorted(strategy_options.items()))
+        _agree(repr(settings), group, timeout)
+    size = _checked_size(size, world_size, group)
+    if output not in ("rank0", "all", "sharded"):
+        raise UnsupportedError(f"output is {output!r}; it must be 'rank0', 'all' or 'sharded'")
+    if size == 1:
+        return vae
+    entry = registry.vae(type(vae))
+    chooser = StrategyChooser(registry, strategy, entry.strategies, entry.pick, strategy_options)
+    adapter: VaeAdapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
+    if chooser.uses_tiling and not adapter.facts().use_tiling:
+        _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
+        vae.enable_tiling()
+    return ParallelVAE(adapter, VaeGroup.over(group, size, timeout), chooser, output)
+
+
+def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | None) -> int:
+    if size is None:
+        return world_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UnsupportedError(f"size is {size!r}; it must be an integer from 1 to {world_size}")
+    if size > world_size:
+        _tell(
+            f"vae_patch_parallel_size={size} is larger than the DiT group of {world_size}; "
+            f"reduced to {world_size}.",
+            group,
+        )
+        return world_size
+    return size
+
+
+def _tell(message: str, group: dist.ProcessGroup | None) -> None:
+    """Warn from one rank."""
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
+        warnings.warn(message, VaeppWarning, stacklevel=4)
+
+
+def _agree(settings: str, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    """Compare settings over the group. As its first collective it also readies NCCL for point to point."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "big")
+    mine = torch.tensor([digest], dtype=torch.int64, device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    work = dist.all_gather(found, mine, group=group, async_op=True)
+    assert work is not None
+    work.wait(timeout)
+    digests = [int(value) for value in found]
+    if len(set(digests)) > 1:
+        common = max(set(digests), key=digests.count)
+        others = [rank for rank, value in enumerate(digests) if value != common]
+        raise AgreementError(
+            f"parallelize_vae was called with different arguments on ranks {others}; here: {settings}"
+        )

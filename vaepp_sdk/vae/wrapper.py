@@ -1,0 +1,162 @@
+"""The drop-in for `pipe.vae`: the same methods, spread over the ranks."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from vaepp_sdk.errors import RunError
+from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.vae.adapter import VaeAdapter
+from vaepp_sdk.vae.chooser import StrategyChooser
+from vaepp_sdk.vae.facts import Direction
+from vaepp_sdk.vae.landing import Landed, ShardedSample
+from vaepp_sdk.vae.plan import Output, Work, WorkPlan
+
+__all__ = ["ParallelVAE"]
+
+
+class ParallelVAE(nn.Module):
+    """A VAE whose decode and encode run on the first ranks of the DiT group.
+
+    Everything else (`config`, `dtype`, `device`, the tiling and slicing switches, every other attribute) is
+    the wrapped VAE's own. All ranks of the group must call `decode` and `encode` alike, with equal inputs.
+
+    Args:
+        adapter: the adapter of the wrapped VAE.
+        group: the VAE's view of the DiT group.
+        chooser: picks the strategy of each call.
+        output: where results land. With `rank0`, other ranks get an empty batch, so that a pipeline's own
+            post-processing yields no pictures there; with `sharded`, a `ShardedSample`.
+
+    Attributes:
+        last_plan: the plan of the last call, or None.
+    """
+
+    def __init__(
+        self, adapter: VaeAdapter, group: VaeGroup, chooser: StrategyChooser, output: Output
+    ) -> None:
+        super().__init__()
+        self.vae = adapter.vae
+        self._adapter = adapter
+        self._group = group
+        self._chooser = chooser
+        self._output: Output = output
+        self._busy = threading.Lock()
+        self.last_plan: WorkPlan | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes the wrapper lacks are the wrapped VAE's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("vae"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings of the wrapped VAE, such as `use_tiling` or its tile sizes, are set there."""
+        wrapped = self.__dict__.get("_modules", {}).get("vae")
+        if wrapped is not None and name not in self.__dict__ and hasattr(wrapped, name):
+            setattr(wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None, **extra: Any) -> Any:
+        """Decode latents, the same on every rank; see the wrapped class.
+
+        Args:
+            z: `(batch, latent channels, [frames,] rows, columns)`, in the VAE's dtype.
+            return_dict: as in the wrapped class.
+            generator: accepted as the wrapped class accepts it; decoding draws no random numbers.
+            extra: refused: an argument this drop-in does not know would be lost.
+
+        Raises:
+            UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            PeerError: another rank is gone or did not answer in time.
+        """
+        del generator
+        self._refuse("decode", extra)
+        return self._adapter.wrap_decode(self._run("decode", z), return_dict)
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor, return_dict: bool = True, **extra: Any) -> Any:
+        """Encode pictures, the same on every rank; see the wrapped class.
+
+        Args:
+            x: `(batch, picture channels, [frames,] rows, columns)`, in the VAE's dtype.
+            return_dict: as in the wrapped class.
+            extra: refused.
+
+        Raises:
+            UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            PeerError: another rank is gone or did not answer in time.
+        """
+        self._refuse("encode", extra)
+        return self._adapter.wrap_encode(self._run("encode", x), return_dict)
+
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a round trip would need the posterior on every rank; call `encode` and `decode`."""
+        raise NotImplementedError("call encode() and decode() of a parallel VAE, not the module itself")
+
+    def _refuse(self, method: str, extra: dict[str, Any]) -> None:
+        if extra:
+            names = ", ".join(sorted(extra))
+            raise TypeError(f"{method}() of a parallel {type(self.vae).__name__} does not take {names}")
+
+    def _run(self, direction: Direction, value: torch.Tensor) -> torch.Tensor | ShardedSample:
+        if not self._busy.acquire(blocking=False):
+            raise RunError(
+                f"this parallel {type(self.vae).__name__} is already running in another thread; "
+                "call it from one thread at a time"
+            )
+        try:
+            _onload(self.vae)
+            slices = value.split(1) if self._adapter.vae.use_slicing and value.shape[0] > 1 else [value]
+            return self._result([self._one(direction, part) for part in slices], value)
+        finally:
+            self._busy.release()
+
+    def _one(self, direction: Direction, value: torch.Tensor) -> Landed:
+        facts = self._adapter.facts()
+        work = Work(
+            direction=direction,
+            shape=tuple(value.shape),
+            itemsize=value.element_size(),
+            ranks=self._group.size,
+            world_size=self._group.world_size,
+            output=self._output,
+        )
+        strategy, plan = self._chooser.plan(self._adapter, facts, work)
+        self.last_plan = plan
+        run = strategy.decode if direction == "decode" else strategy.encode
+        return run(self._adapter, value, self._group, plan)
+
+    def _result(self, landed: list[Landed], value: torch.Tensor) -> torch.Tensor | ShardedSample:
+        """One result of all slices: the whole output, an empty batch, or this rank's pieces."""
+        if self._output == "sharded":
+            shape = (sum(part.shape[0] for part in landed), *landed[0].shape[1:])
+            return ShardedSample(shape, _join([part.pieces for part in landed]))
+        samples = [part.sample for part in landed if part.sample is not None]
+        if not samples:
+            return value.new_empty((0, *landed[0].shape[1:]))
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _join(slices: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Pieces of several slices as pieces of one batch; the slices were cut alike."""
+    if len(slices) == 1:
+        return slices[0]
+    return tuple(
+        type(pieces[0])(pieces[0].box, torch.cat([piece.tensor for piece in pieces]))
+        for pieces in zip(*slices, strict=True)
+    )
+
+
+def _onload(vae: nn.Module) -> None:
+    """Let accelerate's offload hook bring the VAE to its device, as diffusers' own decode does."""
+    hook = getattr(vae, "_hf_hook", None)
+    if hook is not None and hasattr(hook, "pre_forward"):
+        hook.pre_forward(vae)
