@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -78,7 +79,7 @@ def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                good, value = pipe.recv()
+                good, value = pickle.loads(pipe.recv_bytes())  # noqa: S301  # from our own child
             except EOFError:
                 raise RankFailedError(f"rank {rank} died without a word") from None
             if not good:
@@ -112,7 +113,8 @@ def _rank_main(
         )
         result = target(rank, *arguments)
         dist.barrier()
-        pipe.send((True, result))
+        # Plain pickle copies tensors; the connection's own would share memory that ends with this rank.
+        pipe.send_bytes(pickle.dumps((True, result)))
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
