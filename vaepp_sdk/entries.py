@@ -167,7 +167,7 @@ def load_object(reference: str | Callable[..., Any], owner: str) -> Callable[...
     if not module_name or not attribute:
         raise PluginError(owner, f'{reference!r} is not of the form "module:attribute"')
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise PluginError(owner, f"cannot import {reference}: {error}") from error
     if not callable(found):

@@ -61,8 +61,9 @@ def _problem(option: Option, value: Any) -> str | None:
         return f"it must be one of {', '.join(map(repr, option.choices))}"
     if isinstance(value, float) and not math.isfinite(value):
         return "it must be a finite number"
-    if option.minimum is not None and value < option.minimum:
+    number = value if isinstance(value, int | float) else 0
+    if option.minimum is not None and number < option.minimum:
         return f"it must be at least {option.minimum:g}"
-    if option.maximum is not None and value > option.maximum:
+    if option.maximum is not None and number > option.maximum:
         return f"it must be at most {option.maximum:g}"
     return None

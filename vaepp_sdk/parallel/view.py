@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import attrs
 import torch
@@ -81,6 +82,10 @@ class Pending:
         self._works, self._copies = [], []
 
 
+def _unwatched(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 @attrs.define(eq=False)
 class VaeGroup:
     """The first `size` ranks of a DiT group, seen from one of its ranks.
@@ -101,7 +106,7 @@ class VaeGroup:
     size: int
     timeout: timedelta
     traffic: Traffic = attrs.field(factory=Traffic)
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: Callable[[int, int], None] = _unwatched
 
     @classmethod
     def over(
@@ -199,7 +204,7 @@ class VaeGroup:
         self.exchange(sends, [Recv(found[peer], peer) for peer in others], what)
         return [found.get(peer, mine) for peer in range(ranks)]
 
-    def _operation(self, kind: object, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+    def _operation(self, kind: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         assert tensor.is_contiguous(), "messages are contiguous tensors"
         return dist.P2POp(kind, tensor, group=self.process_group, group_peer=peer)
 

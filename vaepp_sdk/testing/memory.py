@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own class is not annotated
         self.now = 0
         self.peak = 0
         self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in known}

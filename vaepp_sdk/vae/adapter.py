@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
 from vaepp_sdk.vae.facts import VaeFacts
 
@@ -20,7 +19,7 @@ class VaeAdapter(Protocol):
         vae: the VAE itself.
     """
 
-    vae: nn.Module
+    vae: Any
 
     def facts(self) -> VaeFacts:
         """The VAE's facts as they stand now: tile sizes and switches may change between calls."""

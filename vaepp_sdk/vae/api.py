@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import AgreementError, UnsupportedError, VaeppWarning
@@ -24,7 +23,7 @@ __all__ = ["parallelize_vae"]
 
 
 def parallelize_vae(
-    vae: nn.Module,
+    vae: Any,
     *,
     group: dist.ProcessGroup | None = None,
     size: int | None = None,
@@ -75,7 +74,7 @@ def parallelize_vae(
     adapter: VaeAdapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
     if chooser.uses_tiling and not adapter.facts().use_tiling:
         _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
-        vae.enable_tiling()
+        adapter.vae.enable_tiling()
     return ParallelVAE(adapter, VaeGroup.over(group, size, timeout), chooser, output)
 
 
