@@ -1,0 +1,50 @@
+# Every target that people type carries a description after `##`; `make help` prints them.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vaepp
+TINY := $(CACHE)/tiny-z-image
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format docs bench clean
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## create .venv and install vaepp with its development tools
+	@$(PYTHON) scripts/setup_env.py $(VENV)
+
+demo: install ## make pictures with a small Z-Image checkpoint on 2 ranks; needs no GPU
+	@$(BIN)/python -m vaepp_plugins.tiny_z_image "$(TINY)"
+	@$(BIN)/vaepp-run examples/quickstart.toml --set 'model.id="$(TINY)"'
+	@echo "The pictures are in examples/out (noise: the small checkpoint is untrained)."
+
+test: install ## everything CI checks: lint, types, tests on real gloo ranks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install ## ruff and mypy, without the tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: install ## rewrite the sources as ruff wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: install ## check the documentation: links, snippets, every hook and setting in place
+	@$(BIN)/python -m pytest tests/test_docs.py $(PYTEST_ARGS)
+
+bench: install ## time, bytes and memory of each strategy against one rank, on this CPU
+	@$(BIN)/python benchmarks/run.py
+
+clean: ## remove caches and build leftovers; keeps .venv
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
