@@ -1,0 +1,176 @@
+"""Which layers one decode or encode calls, in order, without computing anything.
+
+The VAE's own forward code runs once on the meta device: shapes flow, numbers do not. What comes out is plain
+data, the same on every rank, from which strategies plan their messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from torch.func import functional_call
+
+__all__ = ["INPUT", "UNKNOWN", "LayerCall", "LayerTrace", "trace_layers"]
+
+INPUT = -1
+"""The source of a layer that reads the traced input itself."""
+
+UNKNOWN = -2
+"""The source of a layer whose input came from something other than a module, such as an addition."""
+
+
+@attrs.frozen(kw_only=True)
+class LayerCall:
+    """One call of one module.
+
+    Attributes:
+        name: the module's qualified name in the VAE.
+        kind: its class name.
+        inside: the index of the call that made this one, or -1.
+        source: the index of the call whose very output is this one's input, `INPUT` or `UNKNOWN`.
+        in_shape: the shape of its first argument.
+        out_shape: the shape of its result.
+        settings: its plain public attributes, as in `("kernel_size", (3, 3))`, sorted by name.
+    """
+
+    name: str
+    kind: str
+    inside: int
+    source: int
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    settings: tuple[tuple[str, Any], ...]
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """One plain attribute of the module, or `default` where it has none of that name."""
+        return dict(self.settings).get(name, default)
+
+
+@attrs.frozen(kw_only=True, cache_hash=True)
+class LayerTrace:
+    """Every module call of one decode or encode, in the order in which they began.
+
+    Attributes:
+        in_shape: the shape of the traced input: batch 1 and small sides.
+        calls: the calls.
+    """
+
+    in_shape: tuple[int, ...]
+    calls: tuple[LayerCall, ...]
+
+
+@attrs.define(eq=False)
+class _Recorder:
+    """Collects calls from hooks. Tensors are kept so that no identity is used twice."""
+
+    calls: list[LayerCall] = attrs.field(factory=list)
+    _open: list[int] = attrs.field(factory=list)
+    _sources: dict[int, int] = attrs.field(factory=dict)
+    _kept: list[torch.Tensor] = attrs.field(factory=list)
+
+    def keep(self, tensor: torch.Tensor, source: int) -> None:
+        self._kept.append(tensor)
+        self._sources[id(tensor)] = source
+
+    def begin(self, name: str, module: nn.Module, arguments: Sequence[Any]) -> None:
+        tensor = next((value for value in arguments if isinstance(value, torch.Tensor)), None)
+        call = LayerCall(
+            name=name,
+            kind=type(module).__name__,
+            inside=self._open[-1] if self._open else -1,
+            source=self._sources.get(id(tensor), UNKNOWN),
+            in_shape=() if tensor is None else tuple(tensor.shape),
+            out_shape=(),
+            settings=_settings(module),
+        )
+        self._open.append(len(self.calls))
+        self.calls.append(call)
+
+    def end(self, output: Any) -> None:
+        index = self._open.pop()
+        if isinstance(output, torch.Tensor):
+            self.calls[index] = attrs.evolve(self.calls[index], out_shape=tuple(output.shape))
+            self.keep(output, index)
+
+
+class _Run(nn.Module):
+    """Gives `functional_call` a module whose forward is any function of the VAE."""
+
+    def __init__(self, vae: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.vae = vae
+        self.run = run
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return self.run(value)
+
+
+def trace_layers(
+    vae: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int]
+) -> LayerTrace:
+    """Record the module calls of one run.
+
+    Args:
+        vae: the VAE; its weights are not touched.
+        run: decodes or encodes a window with it.
+        shape: the shape of the input to run, `(1, channels, [frames,] rows, columns)`. Sides of several times
+            the VAE's reach keep shapes at different depths apart.
+    """
+    recorder = _Recorder()
+    value = torch.empty(tuple(shape), device="meta", dtype=_dtype(vae))
+    recorder.keep(value, INPUT)
+    handles = []
+    for name, module in vae.named_modules():
+        handles.append(module.register_forward_pre_hook(_before(recorder, name)))
+        handles.append(module.register_forward_hook(_after(recorder)))
+    try:
+        with torch.no_grad():
+            functional_call(_Run(vae, run), _meta_state(vae), (value,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return LayerTrace(in_shape=tuple(shape), calls=tuple(recorder.calls))
+
+
+def _before(recorder: _Recorder, name: str) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, arguments: Any) -> None:
+        recorder.begin(name, module, arguments)
+
+    return hook
+
+
+def _after(recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        del module, arguments
+        recorder.end(output)
+
+    return hook
+
+
+def _meta_state(vae: nn.Module) -> Mapping[str, torch.Tensor]:
+    tensors = [*vae.named_parameters(), *vae.named_buffers()]
+    return {f"vae.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+
+
+def _dtype(vae: nn.Module) -> torch.dtype:
+    return next((value.dtype for value in vae.parameters() if value.is_floating_point()), torch.float32)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The module's plain public attributes; sub-modules, tensors and switches such as `training` are not."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    }
+    return tuple(sorted(plain.items()))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
