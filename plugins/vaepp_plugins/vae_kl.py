@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.landing import ShardedSample
+from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 
 __all__ = ["KLAdapter"]
 
@@ -37,7 +39,18 @@ class KLAdapter:
             encode_tiles=self._grid(self._sample_tile, self._latent_tile),
             # Block input, norm output and activation output of the widest full-resolution layer.
             peak_values_per_pixel=3.0 * max(decoder_widths[0], decoder_widths[min(1, len(widths) - 1)]),
+            decode_layers=self._decode_layers,
+            encode_layers=self._encode_layers,
         )
+
+    @cached_property
+    def _decode_layers(self) -> LayerTrace:
+        return trace_layers(self.vae, self.decode_window, (1, self.vae.config.latent_channels, 8, 8))
+
+    @cached_property
+    def _encode_layers(self) -> LayerTrace:
+        side = 8 * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return trace_layers(self.vae, self.encode_window, (1, self.vae.config.in_channels, side, side))
 
     @property
     def _sample_tile(self) -> tuple[int, int]:

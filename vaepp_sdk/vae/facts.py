@@ -7,6 +7,8 @@ from typing import Literal
 
 import attrs
 
+from vaepp_sdk.vae.trace import LayerTrace
+
 __all__ = ["Direction", "TileGrid", "VaeFacts"]
 
 Direction = Literal["decode", "encode"]
@@ -46,6 +48,8 @@ class VaeFacts:
             runs, from the shapes of the widest full-resolution block: an estimate for plans.
         temporal_ratio: pictures per latent frame for a video VAE whose first frame stands alone; 0 for a
             VAE without a frame axis.
+        decode_layers: the layers that one decode calls, or None where the adapter does not say.
+        encode_layers: those of one encode, likewise.
     """
 
     vae_class: str
@@ -58,10 +62,16 @@ class VaeFacts:
     encode_tiles: TileGrid | None = None
     peak_values_per_pixel: float = 0.0
     temporal_ratio: int = 0
+    decode_layers: LayerTrace | None = None
+    encode_layers: LayerTrace | None = None
 
     def tiles(self, direction: Direction) -> TileGrid | None:
         """The tiling of one direction, or None where it is not known."""
         return self.decode_tiles if direction == "decode" else self.encode_tiles
+
+    def layers(self, direction: Direction) -> LayerTrace | None:
+        """The layers that one direction calls, or None where they are not known."""
+        return self.decode_layers if direction == "decode" else self.encode_layers
 
     def tiling_fires(self, direction: Direction, shape: Sequence[int]) -> bool:
         """Whether the VAE itself would tile an input of this shape: tiling on, and a side above the tile."""

@@ -6,7 +6,7 @@ data, the same on every rank, from which strategies plan their messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -151,7 +151,7 @@ def _after(recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
-def _meta_state(vae: nn.Module) -> Mapping[str, torch.Tensor]:
+def _meta_state(vae: nn.Module) -> dict[str, torch.Tensor]:
     tensors = [*vae.named_parameters(), *vae.named_buffers()]
     return {f"vae.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
 
