@@ -106,7 +106,7 @@ def install(folder: Path) -> None:
     python = make_venv(folder)
     install_torch(python)
     say("installing vaepp and its development tools")
-    if not pip(python, "-e", ".[dev]"):
+    if not pip(python, "--quiet", "-e", ".[dev]"):
         raise SetupError("pip could not install vaepp; its message is above")
     stamp.write_text(wanted)
     say(f"done; to use it in this shell: source {folder}/bin/activate")

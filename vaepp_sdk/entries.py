@@ -67,6 +67,8 @@ class StrategyEntry:
         promise: what it guarantees and against which reference, in one sentence.
         options: the settings it takes.
         uses_tiling: True where the VAE's own tiling must be on for it to do its work.
+        validated_for: VAE classes and pipelines of other plugins, by name, that this strategy's author has
+            validated it for; it joins the strategies their entries allow.
     """
 
     name: str
@@ -74,6 +76,7 @@ class StrategyEntry:
     promise: str
     options: tuple[Option, ...] = ()
     uses_tiling: bool = False
+    validated_for: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -39,6 +39,7 @@ class _Named(Protocol):
 
 
 EntryT = TypeVar("EntryT", bound=_Named)
+AllowT = TypeVar("AllowT", VaeEntry, PipelineEntry)
 
 
 @attrs.frozen
@@ -149,13 +150,15 @@ class Registry:
 
     @property
     def vaes(self) -> Mapping[str, VaeEntry]:
-        """VAE classes by name."""
-        return MappingProxyType(self._vaes.entries)
+        """VAE classes by name, each with every strategy validated for it."""
+        return MappingProxyType({name: self._validated(entry) for name, entry in self._vaes.entries.items()})
 
     @property
     def pipelines(self) -> Mapping[str, PipelineEntry]:
-        """Pipelines by diffusers class name."""
-        return MappingProxyType(self._pipelines.entries)
+        """Pipelines by diffusers class name, each with every strategy validated for it."""
+        return MappingProxyType(
+            {name: self._validated(entry) for name, entry in self._pipelines.entries.items()}
+        )
 
     @property
     def allowlist(self) -> tuple[str, ...]:
@@ -190,6 +193,15 @@ class Registry:
     def stage_end(self, event: StageEnd) -> None:
         """Tell every observer that a stage has ended."""
         self._observe("vaepp_on_stage_end", event)
+
+    def _validated(self, entry: AllowT) -> AllowT:
+        """An entry that also allows the strategies whose own entries name it."""
+        added = tuple(
+            strategy.name
+            for strategy in self.strategies.values()
+            if entry.name in strategy.validated_for and strategy.name not in entry.strategies
+        )
+        return attrs.evolve(entry, strategies=entry.strategies + added) if added else entry
 
     def _missing(self, noun: str, name: str, known: Mapping[str, Any]) -> str:
         problems = "".join(f"\n  {problem}" for problem in self.problems)
