@@ -23,12 +23,33 @@ class TileGrid:
         step: from one tile's start to the next, in input units.
         blend: how far neighbours are blended into each other, in output units.
         keep: how much of each tile's output stays after blending, in output units.
+        overlap: the part of a tile that its neighbour covers too, where the class states its geometry so;
+            None for classes that state steps.
     """
 
     tile: tuple[int, int]
     step: tuple[int, int]
     blend: tuple[int, int]
     keep: tuple[int, int]
+    overlap: float | None = None
+
+    @classmethod
+    def overlapping(cls, tile: tuple[int, int], out_tile: tuple[int, int], overlap: float) -> TileGrid:
+        """The geometry of diffusers' `tile_overlap_factor`, with its roundings.
+
+        Args:
+            tile: a tile's size, in input units.
+            out_tile: the size its output is taken to have, in output units.
+            overlap: the part of a tile that its neighbour covers too.
+        """
+        blend = (int(out_tile[0] * overlap), int(out_tile[1] * overlap))
+        return cls(
+            tile=tile,
+            step=(int(tile[0] * (1 - overlap)), int(tile[1] * (1 - overlap))),
+            blend=blend,
+            keep=(out_tile[0] - blend[0], out_tile[1] - blend[1]),
+            overlap=overlap,
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +71,7 @@ class VaeFacts:
             VAE without a frame axis.
         decode_layers: the layers that one decode calls, or None where the adapter does not say.
         encode_layers: those of one encode, likewise.
+        encode_rounds_up: whether encode keeps an incomplete last latent row or column, or drops it.
     """
 
     vae_class: str
@@ -64,6 +86,7 @@ class VaeFacts:
     temporal_ratio: int = 0
     decode_layers: LayerTrace | None = None
     encode_layers: LayerTrace | None = None
+    encode_rounds_up: bool = False
 
     def tiles(self, direction: Direction) -> TileGrid | None:
         """The tiling of one direction, or None where it is not known."""
@@ -82,7 +105,9 @@ class VaeFacts:
 
     def out_length(self, direction: Direction, length: int) -> int:
         """Output units along one spatial side for `length` input units, untiled."""
-        return length * self.spatial_ratio if direction == "decode" else length // self.spatial_ratio
+        if direction == "decode":
+            return length * self.spatial_ratio
+        return -(-length // self.spatial_ratio) if self.encode_rounds_up else length // self.spatial_ratio
 
     def out_channels(self, direction: Direction) -> int:
         """Channels of the output: a picture's for decode, the moments' for encode."""

@@ -1,1 +1,1 @@
-"""Layers that work on a part of a picture and ask other ranks for the rest."""
+"""Layers that look at a whole picture, made to work on parts of it held by several ranks."""
