@@ -1,0 +1,103 @@
+"""What can be said about `[call]` before the pipeline is known: common keys, and values that are plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from vaepp_sdk.errors import Fault
+from vaepp_sdk.spec.values import MAX_INTEGER, About, ValueType, text_problem
+from vaepp_sdk.text import key_path, shown
+
+__all__ = ["COMMON", "MAX_IMAGES", "CommonKey", "call_faults"]
+
+MAX_IMAGES = 1024
+"""The most images of one request, and the most prompts."""
+
+_MAX_DEPTH = 4
+
+
+@attrs.frozen
+class CommonKey:
+    """A key of `[call]` whose meaning is the same for every pipeline that has it."""
+
+    kind: ValueType
+    about: About
+
+
+def _integer(help: str, minimum: int, maximum: int) -> CommonKey:
+    kind = ValueType(frozenset({"integer"}), optional=True)
+    return CommonKey(kind, About(help=help, minimum=minimum, maximum=maximum))
+
+
+_TEXT = ValueType(frozenset({"string"}))
+_TEXTS = ValueType(frozenset({"string"}), items=_TEXT, optional=True)
+
+COMMON: Mapping[str, CommonKey] = {
+    "prompt": CommonKey(_TEXTS, About(help="What to paint; a list paints several.")),
+    "negative_prompt": CommonKey(_TEXTS, About(help="What to keep out; a list has one per prompt.")),
+    "height": _integer("The picture's height in pixels.", 1, 65536),
+    "width": _integer("The picture's width in pixels.", 1, 65536),
+    "num_inference_steps": _integer("Denoising steps.", 1, 10_000),
+    "num_images_per_prompt": _integer("Pictures of each prompt.", 1, MAX_IMAGES),
+    "guidance_scale": CommonKey(
+        ValueType(frozenset({"number"}), optional=True), About(help="How strongly the prompt guides.")
+    ),
+    "seed": _integer(
+        "Picture i starts from noise of seed + i; left out, a seed is drawn and printed.", 0, MAX_INTEGER
+    ),
+}
+
+
+def call_faults(call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
+    """Every fault in call arguments that can be seen without the pipeline."""
+    faults = []
+    for key, value in call.items():
+        where = key_path(path, key)
+        common = COMMON.get(key)
+        if common is not None and not common.kind.accepts(value):
+            faults.append(Fault(where, f"found {shown(value)}", f"it must be {common.kind}"))
+            continue
+        if common is not None and not isinstance(value, list):
+            problem = common.about.problem(common.kind, value)
+            if problem:
+                faults.append(Fault(where, f"found {shown(value)}", problem))
+            continue
+        faults += _value_faults(where, value, 1)
+    return faults + _prompt_faults(call.get("prompt"), path)
+
+
+def _prompt_faults(prompt: Any, path: str) -> list[Fault]:
+    if isinstance(prompt, list) and not 1 <= len(prompt) <= MAX_IMAGES:
+        fix = f"a list of prompts must hold 1 to {MAX_IMAGES}"
+        return [Fault(f"{path}.prompt", f"found {shown(prompt)}", fix)]
+    return []
+
+
+def _value_faults(where: str, value: Any, depth: int) -> list[Fault]:
+    """The first fault of one value that nothing more is known about: it must be plain, finite and bounded."""
+    if isinstance(value, list):
+        if depth > _MAX_DEPTH:
+            return [Fault(where, "found lists nested too deeply", f"at most {_MAX_DEPTH} levels work")]
+        for index, item in enumerate(value):
+            faults = _value_faults(f"{where}[{index}]", item, depth + 1)
+            if faults:
+                return faults
+        return []
+    problem = _plain_problem(value)
+    return [Fault(where, f"found {shown(value)}", problem)] if problem else []
+
+
+def _plain_problem(value: Any) -> str | None:
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return None if abs(value) <= MAX_INTEGER else "it must fit in 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "it must be a finite number"
+    if isinstance(value, str):
+        return text_problem(value)
+    return "it must be a string, a number, true or false, or a list of these"
