@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["INPUT", "UNKNOWN", "LayerCall", "LayerTrace", "trace_layers"]
 
@@ -31,9 +32,11 @@ class LayerCall:
         name: the module's qualified name in the VAE.
         kind: its class name.
         inside: the index of the call that made this one, or -1.
-        source: the index of the call whose very output is this one's input, `INPUT` or `UNKNOWN`.
+        source: the index of the innermost call whose very output is this one's input, unchanged since;
+            `INPUT` or `UNKNOWN`.
         in_shape: the shape of its first argument.
         out_shape: the shape of its result.
+        operators: the torch operators it runs itself, outside the modules it calls, sorted.
         settings: its plain public attributes, as in `("kernel_size", (3, 3))`, sorted by name.
     """
 
@@ -43,6 +46,7 @@ class LayerCall:
     source: int
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+    operators: tuple[str, ...]
     settings: tuple[tuple[str, Any], ...]
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -63,37 +67,63 @@ class LayerTrace:
     calls: tuple[LayerCall, ...]
 
 
-@attrs.define(eq=False)
-class _Recorder:
-    """Collects calls from hooks. Tensors are kept so that no identity is used twice."""
+class _Recorder(TorchDispatchMode):
+    """Collects calls from hooks, and the operators between them.
 
-    calls: list[LayerCall] = attrs.field(factory=list)
-    _open: list[int] = attrs.field(factory=list)
-    _sources: dict[int, int] = attrs.field(factory=dict)
-    _kept: list[torch.Tensor] = attrs.field(factory=list)
+    Tensors are kept so that no identity is used twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[LayerCall] = []
+        self._operators: dict[int, set[str]] = {}
+        self._open: list[int] = []
+        self._sources: dict[int, tuple[int, int]] = {}
+        self._kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note the operator with the innermost open call."""
+        if self._open:
+            self._operators[self._open[-1]].add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
     def keep(self, tensor: torch.Tensor, source: int) -> None:
-        self._kept.append(tensor)
-        self._sources[id(tensor)] = source
+        """Remember who made a tensor; the innermost call counts."""
+        if self._source(tensor) == UNKNOWN:
+            self._kept.append(tensor)
+            self._sources[id(tensor)] = (source, tensor._version)
+
+    def _source(self, tensor: torch.Tensor | None) -> int:
+        """Who made a tensor, unless it has been written to since."""
+        source, version = self._sources.get(id(tensor), (UNKNOWN, -1))
+        return source if tensor is not None and tensor._version == version else UNKNOWN
 
     def begin(self, name: str, module: nn.Module, arguments: Sequence[Any]) -> None:
+        """A call starts."""
         tensor = next((value for value in arguments if isinstance(value, torch.Tensor)), None)
         call = LayerCall(
             name=name,
             kind=type(module).__name__,
             inside=self._open[-1] if self._open else -1,
-            source=self._sources.get(id(tensor), UNKNOWN),
+            source=self._source(tensor),
             in_shape=() if tensor is None else tuple(tensor.shape),
             out_shape=(),
+            operators=(),
             settings=_settings(module),
         )
         self._open.append(len(self.calls))
+        self._operators[len(self.calls)] = set()
         self.calls.append(call)
 
     def end(self, output: Any) -> None:
+        """The innermost open call ends."""
         index = self._open.pop()
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+        operators = tuple(sorted(self._operators[index]))
+        self.calls[index] = attrs.evolve(self.calls[index], out_shape=shape, operators=operators)
         if isinstance(output, torch.Tensor):
-            self.calls[index] = attrs.evolve(self.calls[index], out_shape=tuple(output.shape))
             self.keep(output, index)
 
 
@@ -121,14 +151,16 @@ def trace_layers(
             the VAE's reach keep shapes at different depths apart.
     """
     recorder = _Recorder()
-    value = torch.empty(tuple(shape), device="meta", dtype=_dtype(vae))
+    with torch.inference_mode(False):
+        value = torch.empty(tuple(shape), device="meta", dtype=_dtype(vae))
     recorder.keep(value, INPUT)
     handles = []
     for name, module in vae.named_modules():
         handles.append(module.register_forward_pre_hook(_before(recorder, name)))
         handles.append(module.register_forward_hook(_after(recorder)))
     try:
-        with torch.no_grad():
+        # Outside inference mode tensors count their versions, which show what is written in place.
+        with torch.inference_mode(False), torch.no_grad(), recorder:
             functional_call(_Run(vae, run), _meta_state(vae), (value,))
     finally:
         for handle in handles:
