@@ -62,14 +62,7 @@ class KLAdapter:
         return (self.vae.tile_latent_min_size,) * 2
 
     def _grid(self, tile: tuple[int, int], out_tile: tuple[int, int]) -> TileGrid:
-        factor = self.vae.tile_overlap_factor
-        blend = (int(out_tile[0] * factor), int(out_tile[1] * factor))
-        return TileGrid(
-            tile=tile,
-            step=(int(tile[0] * (1 - factor)), int(tile[1] * (1 - factor))),
-            blend=blend,
-            keep=(out_tile[0] - blend[0], out_tile[1] - blend[1]),
-        )
+        return TileGrid.overlapping(tile, out_tile, self.vae.tile_overlap_factor)
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.decode_window`."""
