@@ -1,4 +1,4 @@
-"""What can be said about `[call]` before the pipeline is known: common keys, and values that are plain data."""
+"""What can be said about `[call]` before the pipeline is known: common keys, and plain values."""
 
 from __future__ import annotations
 

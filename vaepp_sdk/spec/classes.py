@@ -1,7 +1,7 @@
 """The tables of a spec, one class each.
 
-A key's description, range and choices stand in its field's metadata and nowhere else: the checks, the reference
-and the editor schema are made from it. Values are checked by `PipelineSpec.load`, not by these classes.
+A key's description, range and choices stand in its field's metadata and nowhere else: the checks, the
+reference and the editor schema are made from it. Values are checked by `PipelineSpec.load`, not here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ModelSpec:
 
     id: str = attrs.field(
         metadata=about(
-            "A hub id (`name` or `org/name`), or a folder in diffusers format. A relative folder is looked for "
+            "A hub id (`name` or `org/name`), or a folder in diffusers format. A relative folder is one "
             "beside the spec file and comes before a hub id of the same name; `~` is your home folder."
         )
     )
@@ -109,8 +109,8 @@ class VaeSpec:
     vae_use_tiling: bool | None = attrs.field(
         default=None,
         metadata=about(
-            "Whether the VAE works tile by tile. Left out, the model's own setting holds; VAE patch parallelism "
-            "switches it on where its strategy works on tiles, and says so."
+            "Whether the VAE works tile by tile. Left out, the model's own setting holds; VAE patch "
+            "parallelism switches it on where its strategy works on tiles, and says so."
         ),
     )
     vae_use_slicing: bool = attrs.field(

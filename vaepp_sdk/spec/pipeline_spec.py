@@ -11,10 +11,10 @@ import attrs
 from vaepp_sdk.errors import Fault, SpecError
 from vaepp_sdk.spec.classes import MAX_RANKS, LimitsSpec, ModelSpec, OutputSpec, ParallelSpec, VaeSpec
 from vaepp_sdk.spec.overrides import apply_overrides
-from vaepp_sdk.spec.places import PlaceProblem, model_place, output_place
+from vaepp_sdk.spec.places import model_place, output_place
 from vaepp_sdk.spec.reading import read_toml
 from vaepp_sdk.spec.structure import structure
-from vaepp_sdk.spec.values import about
+from vaepp_sdk.spec.values import RefusedError, about
 from vaepp_sdk.text import clean, shown
 
 __all__ = ["PipelineSpec"]
@@ -98,7 +98,7 @@ def _places(tables: Mapping[str, Any], base: Path) -> tuple[dict[str, str], list
             continue
         try:
             places[table] = rule(text, base)
-        except PlaceProblem as problem:
+        except RefusedError as problem:
             faults.append(Fault(f"$.{table}.{key}", problem.found, problem.fix))
     return places, faults
 

@@ -6,29 +6,15 @@ import os
 import re
 from pathlib import Path
 
-from vaepp_sdk.spec.values import text_problem
+from vaepp_sdk.spec.values import RefusedError, text_problem
 from vaepp_sdk.text import clean, shown
 
-__all__ = ["PlaceProblem", "model_place", "output_place"]
+__all__ = ["model_place", "output_place"]
 
 _HUB_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _HUB_LENGTH = 96
 _MAX_NAME = 255
 _HUB_FIX = "write a hub id, name or org/name, or the path of a folder, as in ./my-model"
-
-
-class PlaceProblem(Exception):
-    """A place that cannot be used.
-
-    Args:
-        found: what was found.
-        fix: what would work.
-    """
-
-    def __init__(self, found: str, fix: str) -> None:
-        self.found = found
-        self.fix = fix
-        super().__init__(f"{found}; {fix}")
 
 
 def model_place(text: str, base: Path) -> str:
@@ -41,23 +27,23 @@ def model_place(text: str, base: Path) -> str:
         base: the folder that relative paths are relative to.
 
     Raises:
-        PlaceProblem: it is neither, or a folder that is not there.
+        RefusedError: it is neither, or a folder that is not there.
     """
     if "://" in text or text.lower().startswith("file:"):
-        raise PlaceProblem("found a URL", _HUB_FIX)
+        raise RefusedError("found a URL", _HUB_FIX)
     if "@" in text and ":" in text:
-        raise PlaceProblem("found an id with credentials", _HUB_FIX)
+        raise RefusedError("found an id with credentials", _HUB_FIX)
     looks_local = text in (".", "..") or text.startswith(("./", "../", "/", "~"))
     if ".." in text and not looks_local:
-        raise PlaceProblem(f"found {shown(text)}, which holds '..'", _HUB_FIX)
+        raise RefusedError(f"found {shown(text)}, which holds '..'", _HUB_FIX)
     folder = _absolute(text, base)
     if folder.is_dir():
         return str(folder)
     if looks_local:
         problem = "is no folder" if folder.exists() else "does not exist"
-        raise PlaceProblem(f"found {shown(text)}, and {clean(str(folder), 200)} {problem}", _HUB_FIX)
+        raise RefusedError(f"found {shown(text)}, and {clean(str(folder), 200)} {problem}", _HUB_FIX)
     if not _is_hub_id(text):
-        raise PlaceProblem(f"found {shown(text)}", _HUB_FIX)
+        raise RefusedError(f"found {shown(text)}", _HUB_FIX)
     return text
 
 
@@ -69,17 +55,17 @@ def output_place(text: str, base: Path) -> str:
         base: the folder that relative paths are relative to.
 
     Raises:
-        PlaceProblem: it cannot be a folder.
+        RefusedError: it cannot be a folder.
     """
     fix = 'write the path of a folder, as in "out"'
     if not text:
-        raise PlaceProblem("found an empty string", fix)
+        raise RefusedError("found an empty string", fix)
     folder = _absolute(text, base)
     for place in (folder, *folder.parents):
         # The nearest thing that exists decides: below it everything can still be made.
         if os.path.lexists(place):
             if not place.is_dir():
-                raise PlaceProblem(f"{clean(str(place), 200)} is no folder", fix)
+                raise RefusedError(f"{clean(str(place), 200)} is no folder", fix)
             break
     return str(folder)
 
@@ -94,13 +80,13 @@ def _absolute(text: str, base: Path) -> Path:
     """An absolute path without `..`; links are kept as they are."""
     problem = text_problem(text)
     if problem:
-        raise PlaceProblem(f"found {shown(text)}", problem)
+        raise RefusedError(f"found {shown(text)}", problem)
     names = os.fsencode(text).split(b"/")
     if len(os.fsencode(text)) > 4000 or any(len(name) > _MAX_NAME for name in names):
-        raise PlaceProblem(f"found {shown(text)}", f"no name in a path may be longer than {_MAX_NAME} bytes")
+        raise RefusedError(f"found {shown(text)}", f"no name in a path may be longer than {_MAX_NAME} bytes")
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        raise PlaceProblem(f"found {shown(text)}", "there is no such home folder") from None
+        raise RefusedError(f"found {shown(text)}", "there is no such home folder") from None
     # Not resolve(): a link that leads back to itself would raise, and a link is the user's own choice.
     return Path(os.path.normpath(base / path))

@@ -12,28 +12,14 @@ from cattrs.gen import make_dict_structure_fn, override
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.options import nearest
 from vaepp_sdk.spec.calls import call_faults
-from vaepp_sdk.spec.values import ABOUT, About, value_type
+from vaepp_sdk.spec.values import ABOUT, About, RefusedError, value_type
 from vaepp_sdk.text import key_path, shown
 
-__all__ = ["Refused", "keys", "structure", "unknown_key"]
+__all__ = ["keys", "structure", "unknown_key"]
 
 ClassT = TypeVar("ClassT")
 _MAX_UNKNOWN = 10
 _NO_CODE = "vaepp runs no code from a model repository; leave the key out"
-
-
-class Refused(Exception):
-    """A value that does not fit its key.
-
-    Args:
-        found: what was found.
-        fix: what would work.
-    """
-
-    def __init__(self, found: str, fix: str) -> None:
-        self.found = found
-        self.fix = fix
-        super().__init__(found, fix)
 
 
 def keys(cls: type) -> dict[str, attrs.Attribute[Any]]:
@@ -73,7 +59,7 @@ def unknown_key(path: str, key: object, known: Iterable[str], home: str | None =
 
 def _register(converter: Converter, cls: type) -> None:
     """Teach a converter one spec class and those it is made of."""
-    hooks = {}
+    hooks: dict[str, Any] = {}
     for field in attrs.fields(cls):
         if field.name in keys(cls):
             hooks[field.name] = override(struct_hook=_hook(converter, field))
@@ -97,7 +83,7 @@ def _hook(converter: Converter, field: attrs.Attribute[Any]) -> Callable[[Any, A
     def scalar(value: Any, _: Any) -> Any:
         problem = about.problem(kind, value)
         if problem:
-            raise Refused(f"found {shown(value)}", problem)
+            raise RefusedError(f"found {shown(value)}", problem)
         return float(value) if "number" in kind.scalars else value
 
     return scalar
@@ -113,7 +99,7 @@ def _table_class(field: attrs.Attribute[Any]) -> type | None:
 
 def _table(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise Refused(f"found {shown(value)}", "it must be a table")
+        raise RefusedError(f"found {shown(value)}", "it must be a table")
     return dict(value)
 
 
@@ -127,7 +113,7 @@ def _free_table(value: Any, path: str) -> dict[str, Any]:
                 Fault(key_path(path, key), "found a key that cannot be a name", "write a shorter name")
             )
     if faults:
-        raise _FaultsFound(faults)
+        raise _FaultsFoundError(faults)
     return {key: _copied(item) for key, item in table.items()}
 
 
@@ -135,7 +121,7 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-class _FaultsFound(Exception):
+class _FaultsFoundError(Exception):
     """Faults that already know their paths."""
 
     def __init__(self, faults: list[Fault]) -> None:
@@ -159,9 +145,9 @@ def _faults(error: ClassValidationError, path: str, cls: type, homes: Mapping[st
         field = keys(cls)[note.name]
         if isinstance(cause, ClassValidationError):
             yield from _faults(cause, where, _table_class(field) or cls, homes)
-        elif isinstance(cause, Refused):
+        elif isinstance(cause, RefusedError):
             yield Fault(where, cause.found, cause.fix)
-        elif isinstance(cause, _FaultsFound):
+        elif isinstance(cause, _FaultsFoundError):
             yield from cause.faults
         else:
             # All that cattrs itself can still object to is a key without default that is not there.

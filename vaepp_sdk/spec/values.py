@@ -12,7 +12,17 @@ import attrs
 
 from vaepp_sdk.text import clean
 
-__all__ = ["ABOUT", "MAX_INTEGER", "MAX_TEXT", "About", "ValueType", "about", "text_problem", "value_type"]
+__all__ = [
+    "ABOUT",
+    "MAX_INTEGER",
+    "MAX_TEXT",
+    "About",
+    "RefusedError",
+    "ValueType",
+    "about",
+    "text_problem",
+    "value_type",
+]
 
 ABOUT = "vaepp"
 """The name under which a field's `About` stands in its attrs metadata."""
@@ -27,6 +37,20 @@ _ARTICLES: Mapping[str, str] = {
     "string": "a string",
     "boolean": "true or false",
 }
+
+
+class RefusedError(Exception):
+    """A value that its key cannot take; becomes a `Fault` where the path is known.
+
+    Args:
+        found: what was found.
+        fix: what would work.
+    """
+
+    def __init__(self, found: str, fix: str) -> None:
+        self.found = found
+        self.fix = fix
+        super().__init__(found, fix)
 
 
 @attrs.frozen

@@ -1,0 +1,127 @@
+"""Meets a spec with its model and the registry: what will run, decided once, before any rank starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from vaepp_sdk.dit_rules import dit_faults
+from vaepp_sdk.entries import PipelineEntry
+from vaepp_sdk.errors import SpecError
+from vaepp_sdk.model_folder import fetch_weights, open_model
+from vaepp_sdk.parallel.dims import ParallelDims
+from vaepp_sdk.registry import Registry
+from vaepp_sdk.signature import CallSignature, read_signature, signature_faults
+from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.vae_rules import decide_vae, vae_faults
+
+__all__ = ["Resolved", "resolve"]
+
+
+@attrs.frozen(kw_only=True)
+class Resolved:
+    """Everything decided before a rank starts.
+
+    Attributes:
+        spec: the spec as loaded.
+        pipeline_class: the diffusers class, as in `model_index.json`.
+        model_path: the folder the model is loaded from.
+        entry: the pipeline's entry, or None where no plugin has one.
+        dims: the dimensions of the DiT group.
+        vae_size: ranks that share the VAE's work; 1 is the plain VAE, untouched.
+        use_tiling: whether the VAE's tiling is on; None leaves the model's own setting.
+        notices: what the user is told, once, one sentence each.
+        signature: what the pipeline's call takes, or None where its source cannot be found.
+    """
+
+    spec: PipelineSpec
+    pipeline_class: str
+    model_path: Path
+    entry: PipelineEntry | None
+    dims: ParallelDims
+    vae_size: int
+    use_tiling: bool | None
+    notices: tuple[str, ...]
+    signature: CallSignature | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold, for handing the decisions to ranks."""
+        return {
+            "spec": self.spec.to_dict(),
+            "pipeline_class": self.pipeline_class,
+            "model_path": str(self.model_path),
+            "vae_size": self.vae_size,
+            "use_tiling": self.use_tiling,
+            "notices": list(self.notices),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], registry: Registry) -> Resolved:
+        """What `to_dict` gave, with the entry of this process's registry; nothing is decided again."""
+        spec = PipelineSpec.load(data["spec"])
+        entry = registry.pipelines.get(data["pipeline_class"])
+        return cls(
+            spec=spec,
+            pipeline_class=data["pipeline_class"],
+            model_path=Path(data["model_path"]),
+            entry=entry,
+            dims=spec.parallel.dims,
+            vae_size=data["vae_size"],
+            use_tiling=data["use_tiling"],
+            notices=tuple(data["notices"]),
+            signature=_signature(data["pipeline_class"], entry),
+        )
+
+
+def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
+    """Decide what will run.
+
+    From the hub the small files come first, so that a fault is told before any weights are fetched.
+
+    Args:
+        spec: a loaded spec; it is checked once more, so that one built by hand is as safe.
+        registry: the plugins.
+
+    Raises:
+        SpecError: with every fault of the spec against its model and the plugins.
+        UnsupportedError: the model's own files do not fit its entry.
+    """
+    spec = PipelineSpec.load(spec)
+    try:
+        folder = open_model(spec.model)
+        entry = registry.pipelines.get(folder.pipeline_class)
+        signature = _signature(folder.pipeline_class, entry)
+        dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
+        faults = dit_faults(dims, folder, entry, registry) + vae_faults(spec.vae, size, entry, registry)
+        if signature is not None:
+            faults += signature_faults(signature, spec.call)
+        if faults:
+            raise SpecError(faults)
+        model_path = fetch_weights(spec.model, folder)
+    except SpecError as error:
+        raise SpecError(error.faults, spec.source) from error.__cause__
+    decision = decide_vae(spec.vae, size, dims.dit_parallel_size, folder.pipeline_class, entry, registry)
+    return Resolved(
+        spec=spec,
+        pipeline_class=folder.pipeline_class,
+        model_path=model_path,
+        entry=entry,
+        dims=dims,
+        vae_size=decision.size,
+        use_tiling=decision.use_tiling,
+        notices=(*registry.problems, *_model_notices(spec), *decision.notices),
+        signature=signature,
+    )
+
+
+def _signature(pipeline_class: str, entry: PipelineEntry | None) -> CallSignature | None:
+    return read_signature(pipeline_class, entry.module if entry is not None else None)
+
+
+def _model_notices(spec: PipelineSpec) -> list[str]:
+    if spec.model.folder is not None and spec.model.revision is not None:
+        return ["model.revision takes no effect: the model is a local folder."]
+    return []

@@ -1,0 +1,114 @@
+"""Whether and how VAE patch parallelism runs: the allowlist, the size, the strategy, tiling."""
+
+from __future__ import annotations
+
+import attrs
+
+from vaepp_sdk.entries import PipelineEntry
+from vaepp_sdk.errors import Fault
+from vaepp_sdk.options import nearest, option_faults
+from vaepp_sdk.registry import Registry
+from vaepp_sdk.spec import VaeSpec
+from vaepp_sdk.text import shown
+
+__all__ = ["VaeDecision", "decide_vae", "vae_faults"]
+
+_AUTO = "auto"
+
+
+@attrs.frozen
+class VaeDecision:
+    """What the rules make of the settings.
+
+    Attributes:
+        size: ranks that share the VAE's work; 1 is the plain VAE.
+        use_tiling: whether the VAE's tiling is on; None leaves the model's own setting.
+        notices: what the user is told, one sentence each.
+    """
+
+    size: int
+    use_tiling: bool | None
+    notices: tuple[str, ...]
+
+
+def vae_faults(vae: VaeSpec, size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:
+    """Every fault in the strategy and its options."""
+    if vae.strategy == _AUTO:
+        faults = _auto_faults(size, entry, registry)
+        if vae.options:
+            fix = "name a strategy, or leave the options out"
+            faults.append(Fault("$.vae.options", "strategy 'auto' takes no options", fix))
+        return faults
+    allowed = entry.strategies if entry is not None else ()
+    if vae.strategy not in registry.strategies:
+        known = [_AUTO, *(allowed or registry.strategies)]
+        fix = "; ".join([nearest(vae.strategy[:100], known), *registry.problems])
+        return [Fault("$.vae.strategy", f"no plugin registers {shown(vae.strategy)}", fix)]
+    faults = option_faults(registry.strategies[vae.strategy], vae.options, "$.vae.options")
+    if entry is not None and allowed and vae.strategy not in allowed:
+        found = f"{shown(vae.strategy)} is not validated for {entry.name}"
+        faults.append(Fault("$.vae.strategy", found, f"it must be one of {', '.join([_AUTO, *allowed])}"))
+    return faults
+
+
+def decide_vae(
+    vae: VaeSpec, size: int, ranks: int, pipeline: str, entry: PipelineEntry | None, registry: Registry
+) -> VaeDecision:
+    """Apply the rules to settings without faults.
+
+    Args:
+        vae: the `[vae]` table.
+        size: `vae_patch_parallel_size`.
+        ranks: ranks in the DiT group.
+        pipeline: the pipeline class.
+        entry: its entry, if there is one.
+        registry: the allowlist and the strategies.
+    """
+    notices = []
+    if size > 1 and (entry is None or not entry.strategies):
+        allowed = ", ".join(registry.allowlist) or "no pipeline"
+        notices.append(
+            f"vae_patch_parallel_size={size} is set but VAE patch parallelism is only enabled for {allowed}; "
+            "ignoring."
+        )
+        size = 1
+    if size > ranks:
+        notices.append(
+            f"vae_patch_parallel_size={size} is larger than the DiT group of {ranks}; reduced to {ranks}."
+        )
+        size = ranks
+    use_tiling = vae.vae_use_tiling
+    if size == 1:
+        notices += _idle(vae, pipeline)
+    elif entry is not None and not use_tiling and _uses_tiling(vae.strategy, entry, registry):
+        notices.append(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks.")
+        use_tiling = True
+    return VaeDecision(size, use_tiling, tuple(notices))
+
+
+def _auto_faults(size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:
+    """`auto` may pick any validated strategy, so each must be there before a rank starts."""
+    missing = [name for name in entry.strategies if name not in registry.strategies] if entry else []
+    if size == 1 or entry is None or not missing:
+        return []
+    found = f"'auto' may choose {', '.join(missing)}, which no plugin registers"
+    fix = "; ".join(["install or unblock the plugin, or name another strategy", *registry.problems])
+    return [Fault("$.vae.strategy", found, fix)]
+
+
+def _uses_tiling(strategy: str, entry: PipelineEntry, registry: Registry) -> bool:
+    names = entry.strategies if strategy == _AUTO else (strategy,)
+    return any(registry.strategy(name).uses_tiling for name in names)
+
+
+def _idle(vae: VaeSpec, pipeline: str) -> list[str]:
+    """One sentence naming the settings that only matter where ranks share the VAE's work."""
+    default = VaeSpec()
+    names = [
+        name for name in ("strategy", "output", "options") if getattr(vae, name) != getattr(default, name)
+    ]
+    if not names:
+        return []
+    keys = ", ".join(f"vae.{name}" for name in names)
+    verb = "takes" if len(names) == 1 else "take"
+    return [f"{keys} {verb} no effect: one rank does all of the VAE's work for {pipeline}."]
