@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
 from diffusers.models.downsampling import Downsample2D
@@ -17,6 +18,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+
+from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 
 __all__ = ["KNOWN_LAYERS", "Check", "unknown_layers"]
 
@@ -66,29 +69,42 @@ KNOWN_LAYERS: Mapping[type[nn.Module], Check] = {
 
 
 def unknown_layers(
-    layers: Mapping[str, nn.Module], known: Mapping[type[nn.Module], Check] = KNOWN_LAYERS
+    trace: LayerTrace, vae: nn.Module, known: Mapping[type[nn.Module], Check] = KNOWN_LAYERS
 ) -> list[str]:
-    """Every layer that is not known, as `name (Class): reason`.
+    """Every layer that may look further than its neighbourhood, as `name (Class): reason`.
 
-    Classes count exactly: a subclass may compute something else. A block of someone's own, outside torch and
-    diffusers, is taken to compose its layers position by position; its layers are looked at.
+    Known classes count exactly: a subclass may compute something else. A layer of another class is judged by
+    the operators that it runs itself: where each works on single positions, it composes its layers, and those
+    are looked at in turn.
 
     Args:
-        layers: every module that a decode or encode calls, by its name in the VAE.
+        trace: every call of one decode or encode.
+        vae: the VAE.
         known: the classes known, each with a check of its settings.
     """
-    reasons = {name: _reason(layer, known) for name, layer in layers.items()}
-    return [f"{name} ({type(layers[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
+    found = {}
+    for call in trace.calls:
+        layer = vae.get_submodule(call.name)
+        reason = _reason(layer, call, known)
+        if reason:
+            found[call.name] = f"{call.name} ({type(layer).__name__}): {reason}"
+    return list(found.values())
 
 
-def _reason(layer: nn.Module, known: Mapping[type[nn.Module], Check]) -> str | None:
+def _reason(layer: nn.Module, call: LayerCall, known: Mapping[type[nn.Module], Check]) -> str | None:
     if "forward" in vars(layer):
         return "its forward is wrapped, as sequential CPU offload does"
     if getattr(layer, "_compiled_call_impl", None) is not None:
         return "it is compiled"
     if type(layer) in known:
         return known[type(layer)](layer)
-    package = type(layer).__module__.partition(".")[0]
-    if any(layer.children()) and package not in ("torch", "diffusers"):
-        return None
-    return "this layer is not known"
+    far = [name for name in call.operators if not _works_on_single_positions(name)]
+    return f"not known, and runs {', '.join(far)}" if far else None
+
+
+def _works_on_single_positions(operator: str) -> bool:
+    if operator in ("alias", "clone", "detach", "_to_copy"):
+        return True
+    packet = getattr(torch.ops.aten, operator, None)
+    overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)

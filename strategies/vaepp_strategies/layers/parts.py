@@ -42,11 +42,13 @@ class Parts:
     Attributes:
         axis: the split axis, -2 (rows) or -1 (columns).
         parts: each active rank's part, in rank order, which is also their order along the axis.
+        output: the resolution of the output.
         rounds_up: whether a downscaling layer keeps the incomplete last row of an odd length.
     """
 
     axis: int
     parts: tuple[Part, ...]
+    output: Scale = Scale(1, 1)
     rounds_up: bool = False
 
     def scale(self, rank: int, length: int) -> Scale:
@@ -62,9 +64,9 @@ class Parts:
                 raise ValueError(f"a layer has {length} rows where the input has {held}: no whole factor")
             return Scale(up, 1)
         down = 1
-        while self._rows(held, Scale(1, down)) > length:
+        while self.rows(held, Scale(1, down)) > length:
             down *= 2
-        if self._rows(held, Scale(1, down)) != length:
+        if self.rows(held, Scale(1, down)) != length:
             raise ValueError(f"a layer has {length} rows where the input has {held}: no power of two")
         return Scale(1, down)
 
@@ -76,13 +78,14 @@ class Parts:
             raise ValueError(
                 f"a core that starts at row {first} of its part does not align at 1/{scale.down}"
             )
-        return slice(self._rows(first, scale), self._rows(first + part.core_length, scale))
+        return slice(self.rows(first, scale), self.rows(first + part.core_length, scale))
 
     def core_length(self, rank: int, scale: Scale) -> int:
         """How many rows `rank` owns at a layer's resolution."""
         own = self.core(rank, scale)
         return int(own.stop - own.start)
 
-    def _rows(self, rows: int, scale: Scale) -> int:
+    def rows(self, rows: int, scale: Scale) -> int:
+        """How many rows the first `rows` of the input make at a layer's resolution."""
         extra = scale.down - 1 if self.rounds_up else 0
         return (rows * scale.up + extra) // scale.down
