@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["StageEnd", "StageStart"]
+__all__ = ["Progress", "StageEnd", "StageStart"]
 
 
 @attrs.frozen(kw_only=True)
@@ -46,3 +46,18 @@ class StageEnd:
     seconds: float
     peak_bytes: int
     error: str | None = None
+
+
+@attrs.frozen
+class Progress:
+    """A stage has come further on this rank.
+
+    Attributes:
+        stage: the stage's name, as in `StageStart`.
+        done: pieces of its work that are done: steps, tiles.
+        total: pieces in all.
+    """
+
+    stage: str
+    done: int
+    total: int

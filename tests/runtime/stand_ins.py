@@ -1,0 +1,113 @@
+"""Ranks' work without models: what the runtime is tested with. Imported by the ranks, by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from vaepp_sdk.errors import OutputError, UnsupportedError, VaeppWarning
+from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.runtime.work import Answer, Seat
+
+
+class Light:
+    """Work without torch: it does what the payload or the request says, stage by stage.
+
+    A fault is `{"kind": ..., "rank": ..., "stage": ...}`.
+    """
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.number = 0
+        self._fault(seat.payload, "boot")
+
+    def join(self) -> None:
+        pass
+
+    def load(self) -> None:
+        self._fault(self.seat.payload, "load")
+
+    def run(self, request: Mapping[str, Any]) -> Answer:
+        for stage in ("encode_prompt", "denoise", "decode", "save"):
+            place = {"rank": self.seat.rank, "world_size": self.seat.world_size}
+            self.seat.observer(StageStart(**place, stage=stage, request=self.number))
+            for step in range(request.get("steps", 2)):
+                self.seat.observer(Progress(stage=stage, done=step + 1, total=request.get("steps", 2)))
+            self._fault(request, stage)
+            end = StageEnd(**place, stage=stage, request=self.number, seconds=0.0, peak_bytes=1)
+            self.seat.observer(end)
+        self.number += 1
+        size = request.get("size", 4)
+        pictures = [Image.new("RGB", (size, size + index), (index, 0, 7)) for index in range(2)]
+        return Answer(value={"rank": self.seat.rank, "echo": dict(request), "pid": os.getpid()}, pictures=pictures)
+
+    def close(self) -> None:
+        self._fault(self.seat.payload, "close")
+
+    def exchange(self) -> None:
+        pass
+
+    def _fault(self, source: Mapping[str, Any], stage: str) -> None:
+        fault = source.get("fault")
+        if fault and fault["stage"] == stage and fault["rank"] in (self.seat.rank, "all"):
+            _strike(fault["kind"], self.seat.rank)
+        if fault and fault["stage"] == stage:
+            self.exchange()
+
+
+class Joined(Light):
+    """The same over a real gloo group: ranks without the fault wait for the one with it."""
+
+    def join(self) -> None:
+        import torch
+
+        from vaepp_sdk.runtime.rendezvous import join
+
+        join(self.seat, torch.device("cpu"))
+
+    def exchange(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.ones(1))
+
+    def run(self, request: Mapping[str, Any]) -> Answer:
+        answer = super().run(request)
+        self.exchange()
+        return answer
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        super().close()
+        dist.destroy_process_group()
+
+
+def _strike(kind: str, rank: int) -> None:
+    if kind == "raise":
+        raise ValueError(f"struck on rank {rank}\nwith a second line")
+    if kind == "refuse":
+        raise UnsupportedError("this size is not served")
+    if kind == "cannot save":
+        raise OutputError("out/1.png exists")
+    if kind == "exit":
+        sys.exit(0)
+    if kind == "_exit":
+        os._exit(0)
+    if kind == "_exit 3":
+        os._exit(3)
+    if kind == "sleep":
+        time.sleep(3600)
+    if kind == "warn":
+        warnings.warn("a light warning", VaeppWarning, stacklevel=1)
+        warnings.warn("not ours", RuntimeWarning, stacklevel=1)
+    if kind in ("KILL", "STOP", "SEGV", "TERM"):
+        os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
+        time.sleep(3600)

@@ -1,0 +1,130 @@
+"""A pool of ranks: started once, serving requests one after the other, ended whatever happens."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from vaepp_sdk.errors import RunError, VaeppWarning
+from vaepp_sdk.runtime.job import Job
+from vaepp_sdk.runtime.news import Answers, Ended, Event, Happened, News, Ready, Refused, Warned
+from vaepp_sdk.runtime.supervisor import Supervisor
+
+__all__ = ["WorkerPool"]
+
+NewsT = TypeVar("NewsT", Ready, Answers)
+
+
+def _unheard(event: Event) -> None:
+    """An event that nobody listens to."""
+
+
+class WorkerPool:
+    """The ranks of one job on this machine, in processes of their own.
+
+    `close`, garbage collection and the interpreter's exit end the ranks; if the process dies, the kernel does.
+
+    Args:
+        job: what to start.
+        on_event: told of stages and steps of rank 0, in the thread that waits for them.
+    """
+
+    def __init__(self, job: Job, on_event: Callable[[Event], None] = _unheard) -> None:
+        self._supervisor = Supervisor(job)
+        self._on_event = on_event
+        self._one_at_a_time = threading.Lock()
+        self._warned: set[str] = set()
+        self._why_closed = ""
+        self._owner = os.getpid()
+        self._finalizer = weakref.finalize(self, _stop, self._supervisor, self._owner)
+
+    def start(self) -> None:
+        """Start the ranks and wait until they have loaded.
+
+        Raises:
+            UserError: what was asked for cannot be done.
+            RankError: a rank failed.
+        """
+        with self._one_at_a_time:
+            self._supervisor.start()
+            self._await(Ready)
+
+    def run(self, request: Mapping[str, Any]) -> Answers:
+        """Serve one request on all ranks.
+
+        Raises:
+            UserError: all ranks refused it alike; the pool goes on.
+            RankError: a rank failed; the pool has ended.
+            RunError: the pool has ended before, or belongs to another process.
+        """
+        with self._one_at_a_time:
+            self._check_open()
+            self._supervisor.submit(request)
+            return self._await(Answers)
+
+    def close(self, now: bool = False) -> None:
+        """End the ranks and wait until none is left; a second call does nothing.
+
+        Args:
+            now: end them in the middle of their work.
+        """
+        self._why_closed = self._why_closed or "it was closed"
+        if os.getpid() == self._owner and self._finalizer.detach():
+            self._supervisor.stop(now)
+            self._drain()
+
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, by rank."""
+        return self._supervisor.pids()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._owner:
+            raise RunError(f"these ranks belong to process {self._owner}, and this is its fork")
+        if self._why_closed:
+            raise RunError(f"the ranks have ended: {self._why_closed}")
+
+    def _await(self, wanted: type[NewsT]) -> NewsT:
+        """Take news until what is wanted comes; anything but a refusal that ends the wait ends the pool."""
+        try:
+            while not isinstance(news := self._supervisor.news.get(), wanted | Refused):
+                self._heed(news)
+        except BaseException as error:
+            self._why_closed = self._why_closed or str(error) or type(error).__name__
+            self.close(now=True)
+            raise
+        if isinstance(news, Refused):
+            raise news.error
+        return news
+
+    def _heed(self, news: News) -> None:
+        if isinstance(news, Happened):
+            self._on_event(news.event)
+        elif isinstance(news, Warned):
+            self._warn(news.text)
+        elif isinstance(news, Ended):
+            raise news.error or RunError("the ranks were ended while they worked")
+
+    def _drain(self) -> None:
+        """Pass on the warnings that are left."""
+        while not self._supervisor.news.empty():
+            news = self._supervisor.news.get()
+            if isinstance(news, Warned):
+                self._warn(news.text)
+            elif isinstance(news, Ended) and news.warning:
+                self._warn(news.warning)
+
+    def _warn(self, text: str) -> None:
+        """Give each warning once, however many ranks and requests it comes from."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, VaeppWarning, stacklevel=2)
+
+
+def _stop(supervisor: Supervisor, owner: int) -> None:
+    """End a forgotten pool; a forked copy of it owns no ranks."""
+    if os.getpid() == owner:
+        supervisor.stop()

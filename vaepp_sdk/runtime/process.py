@@ -1,0 +1,178 @@
+"""One rank's process: started in a session of its own, watched, ended with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from vaepp_sdk.runtime.beats import Slot
+from vaepp_sdk.runtime.channel import ParentChannel, encode
+from vaepp_sdk.runtime.job import Job, RunFolder
+from vaepp_sdk.runtime.pictures import make_store
+
+__all__ = ["Ending", "RankProcess", "end_all", "spawn"]
+
+_RANK_MAIN = str(Path(__file__).with_name("rank_main.py"))
+_TERM_GRACE = 1.0
+_KILL_GRACE = 10.0
+# A launcher's variables would make the ranks, or what they import, join another job.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@attrs.frozen
+class Ending:
+    """How a process ended: an exit code, or the signal that killed it; neither where nobody can tell."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name if self.signal in set(signal.Signals) else self.signal
+            hint = " (the system kills so when memory runs out)" if self.signal == signal.SIGKILL else ""
+            return f"its process was killed by {name}{hint}"
+        if self.code is None:
+            return "its process ended and its status went elsewhere"
+        return f"its process ended early with exit code {self.code}"
+
+
+@attrs.define(eq=False)
+class RankProcess:
+    """A rank, seen from the parent.
+
+    Attributes:
+        rank: its number.
+        process: the process; its id is also its session's and its process group's.
+        pidfd: readable once the process has ended.
+        channel: messages to and from it.
+        slot: its heartbeat.
+        pictures_fd: where its pictures arrive.
+        phase: `boot`, `load`, `idle`, `request` or `close`, as far as it has told.
+        since: when the phase began, monotonic seconds.
+    """
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    channel: ParentChannel
+    slot: Slot
+    pictures_fd: int
+    phase: str = "boot"
+    since: float = attrs.field(factory=time.monotonic)
+
+    def enter(self, phase: str) -> None:
+        """Note that the rank is in another phase."""
+        self.phase, self.since = phase, time.monotonic()
+
+    def ended(self, wait: float = 0.0) -> bool:
+        """Whether the process has ended, waiting for it at most so many seconds."""
+        return bool(select.select([self.pidfd], [], [], wait)[0])
+
+    def ending(self) -> Ending | None:
+        """How the process ended, or None while it lives. It is not reaped, so that its id stays its own."""
+        if not self.ended():
+            return None
+        try:
+            found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # the program around us collects its children itself
+            found = None
+        if found is None:
+            return Ending()
+        if found.si_code == os.CLD_EXITED:
+            return Ending(code=found.si_status)
+        return Ending(signal=found.si_status)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and to all it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+    def release(self) -> None:
+        """Reap the process and close what the parent holds of it."""
+        self.process.wait()
+        self.channel.close()
+        self.slot.close()
+        os.close(self.pidfd)
+        os.close(self.pictures_fd)
+
+
+def spawn(job: Job, rank: int, folder: RunFolder, beats_fd: int, listener: socket.socket) -> RankProcess:
+    """Start one rank and send it its boot message.
+
+    The calling thread must live as long as the rank: the kernel ties the rank's life to that thread.
+    """
+    parent_end, rank_end = socket.socketpair()
+    pictures_fd = make_store(rank)
+    inherited = [rank_end.fileno(), beats_fd, pictures_fd]
+    if rank == 0:
+        inherited.append(listener.fileno())
+    with folder.log(rank).open("wb") as log, rank_end:
+        process = subprocess.Popen(
+            # -P: what lies in the working folder is no module of ours.
+            [sys.executable, "-P", _RANK_MAIN, str(rank_end.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=inherited,
+            env=_environment(job.world_size),
+        )
+    found = RankProcess(
+        rank=rank,
+        process=process,
+        pidfd=os.pidfd_open(process.pid),
+        channel=ParentChannel(parent_end),
+        slot=Slot(beats_fd, rank),
+        pictures_fd=pictures_fd,
+    )
+    found.channel.post(encode(_boot(job, found, folder, beats_fd, listener)))
+    return found
+
+
+def _boot(
+    job: Job, rank: RankProcess, folder: RunFolder, beats_fd: int, listener: socket.socket
+) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "world_size": job.world_size,
+        "target": job.target,
+        "payload": dict(job.payload),
+        "sys_path": [entry for entry in sys.path if isinstance(entry, str)],
+        "exchange": job.limits.exchange,
+        "port": listener.getsockname()[1],
+        "listen_fd": listener.fileno() if rank.rank == 0 else None,
+        "beats_fd": beats_fd,
+        "pictures_fd": rank.pictures_fd,
+        "stacks": str(folder.stacks(rank.rank)),
+        "error": str(folder.error(rank.rank)),
+    }
+
+
+def _environment(world_size: int) -> Mapping[str, str]:
+    """The parent's environment, without a launcher's variables and with cores shared out fairly."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def end_all(ranks: Sequence[RankProcess]) -> None:
+    """End processes and all they started: SIGTERM, a second to leave, SIGKILL."""
+    for number, grace in ((signal.SIGTERM, _TERM_GRACE), (signal.SIGKILL, _KILL_GRACE)):
+        for rank in ranks:
+            rank.signal(number)
+        limit = time.monotonic() + grace
+        for rank in ranks:
+            rank.ended(max(0.0, limit - time.monotonic()))

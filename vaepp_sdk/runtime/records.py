@@ -1,0 +1,113 @@
+"""What a failing rank leaves behind: one JSON file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from vaepp_sdk.errors import OutputError, PeerError, UnsupportedError, UserError
+
+__all__ = ["ErrorRecord", "one_line", "read_record", "write_record"]
+
+_PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_PEER_WORDS = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed? ?out|gloo/transport|nccl .*(abort|remote)|"
+    r"socket .*(closed|failed)|recvvalue failed",
+    re.IGNORECASE,
+)
+_USER_ERRORS: dict[str, type[UserError]] = {
+    "OutputError": OutputError,
+    "UnsupportedError": UnsupportedError,
+}
+
+
+@attrs.frozen(kw_only=True)
+class ErrorRecord:
+    """One rank's failure.
+
+    Attributes:
+        rank: the rank that raised.
+        stage: the stage it was in.
+        kind: `user` for a mistake of the user's, `peer` for a wait that another rank broke, else `own`.
+        name: the exception's class.
+        message: its whole message.
+        trace: the formatted traceback.
+        time: monotonic nanoseconds.
+    """
+
+    rank: int
+    stage: str
+    kind: str
+    name: str
+    message: str
+    trace: str
+    time: int
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int, stage: str) -> ErrorRecord:
+        """Describe an exception."""
+        trace = "".join(traceback.format_exception(error))
+        return cls(
+            rank=rank,
+            stage=stage,
+            kind=_kind(error),
+            name=type(error).__name__,
+            message=str(error),
+            trace=trace,
+            time=time.monotonic_ns(),
+        )
+
+    @property
+    def cause(self) -> str:
+        """The failure in one line."""
+        return one_line(f"{self.name}: {self.message}" if self.message else self.name)
+
+    def user_error(self) -> UserError:
+        """The user's mistake as an exception to raise in the parent."""
+        return _USER_ERRORS.get(self.name, UserError)(self.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return attrs.asdict(self)
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """The first line of a text that says something, cut to a readable length."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def write_record(record: ErrorRecord, path: Path) -> None:
+    """Write a record to a temporary name, then rename it: a reader sees all of it or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record.to_dict()))
+    os.replace(partial, path)  # noqa: PTH105  # the atomic rename is the point
+
+
+def read_record(path: Path) -> ErrorRecord | None:
+    """Read a rank's record, or None where it left none."""
+    try:
+        return ErrorRecord(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _kind(error: BaseException) -> str:
+    """Whose failure it is. A peer's is told by type where torch has one, else by gloo's and NCCL's words."""
+    if isinstance(error, UserError):
+        return "user"
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, PeerError) or type(chain).__name__ in _PEER_TYPES:
+            return "peer"
+        if isinstance(chain, RuntimeError) and _PEER_WORDS.search(str(chain)):
+            return "peer"
+        chain = chain.__cause__ or chain.__context__
+    return "own"

@@ -1,0 +1,88 @@
+"""How ranks meet: the parent's listening socket, and loopback addresses only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.runtime.work import Seat
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["join", "listen", "pick_device"]
+
+_LOOPBACK = "127.0.0.1"
+
+
+def listen() -> socket.socket:
+    """A socket that listens on a free port of the loopback interface; the parent hands it to rank 0.
+
+    The port is taken before any rank starts, so no other job can take it in between.
+    """
+    listener = socket.create_server((_LOOPBACK, 0), backlog=1024)
+    listener.set_inheritable(False)
+    return listener
+
+
+def pick_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    """The device of one rank; every rank of a machine has one of its own.
+
+    Args:
+        wanted: `auto`, `cuda` or `cpu`.
+        local_rank: this rank among those of the machine.
+        local_size: how many those are.
+
+    Raises:
+        UnsupportedError: CUDA was asked for and is not there, or has fewer devices than ranks.
+    """
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedError('[model] device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"')
+    found = torch.cuda.device_count()
+    if found < local_size:
+        raise UnsupportedError(
+            f"{local_size} ranks need {local_size} CUDA devices on this machine and torch sees {found}; use "
+            f'sizes whose product is at most {found}, or [model] device = "cpu"'
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join(seat: Seat, device: torch.device) -> None:
+    """Make the job's process group, on NCCL for CUDA and gloo else; a single rank needs none.
+
+    Every wait inside the group ends after the seat's timeout.
+    """
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
+
+    if seat.world_size == 1 or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    store = None
+    if seat.port is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = TCPStore(
+            _LOOPBACK,
+            seat.port,
+            seat.world_size,
+            is_master=seat.rank == 0,
+            timeout=seat.timeout,
+            wait_for_workers=False,
+            master_listen_fd=seat.listen_fd,
+        )
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=seat.rank,
+        world_size=seat.world_size,
+        timeout=seat.timeout,
+        device_id=device_id,
+    )

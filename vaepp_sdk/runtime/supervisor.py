@@ -1,0 +1,309 @@
+"""The thread that starts the ranks of a job, watches them, and ends them.
+
+It lives as long as the job, because the kernel ties each rank's life to the thread that started it. It sets
+no signal handler and touches nothing of the program around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vaepp_sdk.errors import RunError, UserError, VaeppError
+from vaepp_sdk.runtime.beats import make_beats
+from vaepp_sdk.runtime.channel import Message, encode
+from vaepp_sdk.runtime.job import Job, RunFolder
+from vaepp_sdk.runtime.news import Answers, Ended, Happened, News, Ready, Refused, Warned, event_from
+from vaepp_sdk.runtime.pictures import read_pictures
+from vaepp_sdk.runtime.process import RankProcess, end_all, spawn
+from vaepp_sdk.runtime.records import ErrorRecord, one_line, read_record
+from vaepp_sdk.runtime.rendezvous import listen
+from vaepp_sdk.runtime.stacks import ask_for_stacks
+from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
+
+__all__ = ["Supervisor"]
+
+_TURN = 0.25
+_EVIDENCE_TIME = 0.5
+_CLOSE_LIMIT = 10.0
+_REFUSAL_GRACE = 5.0
+"""After the first rank refused a request: how long the others may take to say the same."""
+
+_LIMIT_NAMES = {"boot": "starting", "load": "loading", "request": "a request"}
+
+
+class Supervisor:
+    """Runs one job to its end; everything it has to say comes through `news`, and `Ended` comes last."""
+
+    def __init__(self, job: Job) -> None:
+        self.news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._job = job
+        self._ranks: list[RankProcess] = []
+        self._answers: dict[int, Message] = {}
+        self._trigger: Trigger | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ear, self._bell = socket.socketpair()
+        self._bell.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._watch(self._ear, self._obey)
+        self._closing_since: float | None = None
+        self._now = False
+        self._thread = threading.Thread(target=self._live, name="vaepp-supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Start the ranks; `Ready` or `Ended` follows."""
+        self._thread.start()
+
+    def submit(self, request: Mapping[str, Any]) -> None:
+        """Give all ranks a request; `Answers`, `Refused` or `Ended` follows.
+
+        Raises:
+            RunError: the request is too long to send.
+        """
+        data = encode({"kind": "request", "request": dict(request)})
+        self._command(functools.partial(self._submit, data))
+
+    def stop(self, now: bool = False) -> None:
+        """End the job and wait until no rank is left.
+
+        Args:
+            now: end ranks in the middle of their work; else idle ranks leave in good order.
+        """
+        self._now |= now
+        self._command(self._close)
+        if self._thread.ident is None:
+            self._release()
+        elif (
+            threading.current_thread() is not self._thread
+        ):  # a finalizer may run in this one
+            self._thread.join()
+
+    def pids(self) -> list[int]:
+        """The process ids of the ranks."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        with contextlib.suppress(OSError):  # a full pipe wakes the thread too; a closed one needs nothing
+            self._bell.send(b"!")
+
+    def _live(self) -> None:
+        """The thread: start, watch until something ends the job, end it, tell."""
+        ended = Ended()
+        try:
+            self._start_ranks()
+            while not self._is_over():
+                self._turn(_TURN)
+            ended = self._end()
+        except Exception as error:  # a fault of the supervisor's own must reach the caller too
+            end_all(self._ranks)
+            failure = (
+                error if isinstance(error, VaeppError) else RunError(f"the supervisor failed: {error!r}")
+            )
+            ended = Ended(failure)
+        finally:
+            self._release()
+            self.news.put(ended)
+
+    def _start_ranks(self) -> None:
+        self._folder = RunFolder.create()
+        beats_fd = make_beats(self._job.world_size)
+        try:
+            with listen() as listener:
+                for number in range(self._job.world_size):
+                    rank = spawn(self._job, number, self._folder, beats_fd, listener)
+                    self._ranks.append(rank)
+                    hear = functools.partial(self._hear, rank)
+                    self._selector.register(rank.channel, selectors.EVENT_READ, hear)
+                    self._selector.register(
+                        rank.pidfd, selectors.EVENT_READ, functools.partial(self._gone, rank)
+                    )
+        finally:
+            os.close(beats_fd)
+
+    def _watch(self, descriptor: Any, reaction: Callable[[], None]) -> None:
+        self._selector.register(descriptor, selectors.EVENT_READ, reaction)
+
+    def _is_over(self) -> bool:
+        if self._trigger:
+            return True
+        if self._closing_since is None:
+            return False
+        late = time.monotonic() - self._closing_since > _CLOSE_LIMIT
+        return self._now or late or all(rank.ended() for rank in self._ranks)
+
+    def _turn(self, wait: float) -> None:
+        """One turn: send, hear what has come within the wait, compare clocks."""
+        for rank in self._ranks:
+            rank.channel.flush()
+        if any(rank.channel.has_output for rank in self._ranks):
+            wait = min(wait, 0.02)
+        for key, _ in self._selector.select(wait):
+            key.data()
+        if self._closing_since is None:
+            self._compare_clocks()
+
+    def _obey(self) -> None:
+        """Carry out what other threads have asked for."""
+        self._ear.recv(4096)
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _submit(self, request: bytes) -> None:
+        self._answers = {}
+        for rank in self._ranks:
+            rank.channel.post(request)
+            rank.enter("request")
+
+    def _close(self) -> None:
+        if self._closing_since is not None:
+            return
+        # Ranks in the middle of something cannot be asked to leave: they do not listen.
+        self._now |= any(rank.phase != "idle" for rank in self._ranks)
+        self._closing_since = time.monotonic()
+        for rank in self._ranks:
+            rank.channel.post(encode({"kind": "close"}))
+
+    def _hear(self, rank: RankProcess) -> None:
+        try:
+            messages, more = rank.channel.read()
+            for message in messages:
+                self._take(rank, message)
+        except (RunError, KeyError, TypeError) as error:
+            self._suspect(rank, f"it sent what is no message of ours: {error}")
+            more = False
+        if not more:
+            self._selector.unregister(rank.channel)
+
+    def _take(self, rank: RankProcess, message: Message) -> None:
+        match message["kind"]:
+            case "event":
+                self.news.put(Happened(event_from(message["name"], message["event"])))
+            case "warning":
+                self.news.put(Warned(message["text"]))
+            case "joined":
+                rank.enter("load")
+            case "ready":
+                rank.enter("idle")
+                if all(one.phase == "idle" for one in self._ranks):
+                    self.news.put(Ready())
+            case "answer" | "refused":
+                rank.enter("idle")
+                self._answers[rank.rank] = message
+                if len(self._answers) == len(self._ranks):
+                    self._settle()
+            case kind:
+                raise RunError(f"unknown kind {kind!r}")
+
+    def _settle(self) -> None:
+        """All ranks have answered: the request is served, or refused by all, or the group is in doubt."""
+        ordered = [self._answers[rank.rank] for rank in self._ranks]
+        pictures = read_pictures(self._ranks[0].pictures_fd, ordered[0].get("pictures", []))
+        refusals = [ErrorRecord(**one["record"]) for one in ordered if one["kind"] == "refused"]
+        if not refusals:
+            self.news.put(Answers([one["value"] for one in ordered], pictures))
+            return
+        alike = len(refusals) == len(ordered) and len({one.message for one in refusals}) == 1
+        # Saving exchanges nothing, so a rank that cannot save leaves no other rank waiting.
+        if alike or all(one.stage == "save" for one in refusals):
+            self.news.put(Refused(refusals[0].user_error()))
+        else:
+            self._suspect(self._ranks[refusals[0].rank], refusals[0].cause)
+
+    def _gone(self, rank: RankProcess) -> None:
+        self._selector.unregister(rank.pidfd)
+        if self._closing_since is None:
+            self._suspect(rank, str(rank.ending()))
+
+    def _suspect(self, rank: RankProcess, what: str) -> None:
+        """Note the first bad event; it ends the job."""
+        self._trigger = self._trigger or Trigger(rank.rank, what)
+
+    def _compare_clocks(self) -> None:
+        """Find a rank that is over a limit."""
+        now = time.monotonic()
+        limits = self._job.limits
+        for rank in self._ranks:
+            if rank.phase == "idle":
+                continue
+            limit = getattr(limits, rank.phase)
+            if now - rank.since > limit:
+                name = _LIMIT_NAMES[rank.phase]
+                self._suspect(rank, f"the limit for {name} is {limit:g} s ([limits] {rank.phase})")
+            elif now - max(rank.slot.read().alive, rank.since) > limits.exchange:
+                self._suspect(rank, f"no heartbeat for {limits.exchange:g} s ([limits] exchange)")
+            elif self._refusal_is_lonely(now):
+                self._suspect(rank, "it did not answer a request that another rank refused")
+
+    def _refusal_is_lonely(self, now: float) -> bool:
+        refused = [rank for rank, answer in self._answers.items() if answer["kind"] == "refused"]
+        return any(now - self._ranks[rank].since > _REFUSAL_GRACE for rank in refused)
+
+    def _end(self) -> Ended:
+        """End every rank and say how the job ended."""
+        error = self._judge() if self._trigger else None
+        if self._now or error or not all(rank.ended() for rank in self._ranks):
+            end_all(self._ranks)
+        if error or self._now:
+            if error and not isinstance(error, UserError):
+                error.add_note(f"the logs of all ranks are in {self._folder.path}")
+            else:
+                self._folder.remove()
+            return Ended(error)
+        return self._leave_taken()
+
+    def _leave_taken(self) -> Ended:
+        """Check that ranks which were asked to leave left in good order."""
+        for rank in self._ranks:
+            ending = rank.ending()
+            if ending is None or ending.code != 0 or not rank.slot.read().done:
+                what = f"rank {rank.rank} did not end in good order: {ending}"
+                return Ended(warning=f"{what}; the logs of all ranks are in {self._folder.path}")
+        self._folder.remove()
+        return Ended()
+
+    def _judge(self) -> VaeppError:
+        """Wait a moment for evidence, then decide whose failure it is."""
+        assert self._trigger
+        limit = time.monotonic() + _EVIDENCE_TIME
+        while (left := limit - time.monotonic()) > 0:
+            self._turn(left)
+        evidence = [self._evidence(rank) for rank in self._ranks]
+        stacks = None
+        if needs_stacks(evidence):
+            stacks = ask_for_stacks((rank for rank in self._ranks if rank.phase != "idle"), self._folder)
+        return judge(evidence, self._trigger, stacks)
+
+    def _evidence(self, rank: RankProcess) -> Evidence:
+        record = read_record(self._folder.error(rank.rank))
+        answer = self._answers.get(rank.rank)
+        if record is None and answer and answer["kind"] == "refused":
+            record = ErrorRecord(**answer["record"])
+        return Evidence(
+            rank=rank.rank,
+            busy=rank.phase != "idle",
+            beat=rank.slot.read(),
+            record=record,
+            ending=rank.ending(),
+            last_line=_last_line(self._folder.log(rank.rank).read_text(errors="replace")),
+        )
+
+    def _release(self) -> None:
+        for rank in self._ranks:
+            rank.release()
+        self._selector.close()
+        self._ear.close()
+        self._bell.close()
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return one_line(lines[-1], 160) if lines else ""
