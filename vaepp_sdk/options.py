@@ -9,6 +9,7 @@ from typing import Any
 
 from vaepp_sdk.entries import Option, StrategyEntry
 from vaepp_sdk.errors import Fault
+from vaepp_sdk.text import key_path, shown
 
 __all__ = ["nearest", "option_faults"]
 
@@ -23,9 +24,10 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known key, or all of them where none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    folded = {other.casefold(): other for other in reversed(names)}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {folded[close[0]]!r}?"
     return f"known here: {', '.join(names)}" if names else "nothing is known here"
 
 
@@ -40,14 +42,14 @@ def option_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -
     declared = {option.name: option for option in entry.options}
     faults = []
     for name, value in options.items():
-        where = f"{path}.{name}"
+        where = key_path(path, name)
         if name not in declared:
             fix = nearest(name, declared) if declared else f"strategy {entry.name!r} takes no options"
             faults.append(Fault(where, f"strategy {entry.name!r} has no such option", fix))
             continue
         problem = _problem(declared[name], value)
         if problem:
-            faults.append(Fault(where, f"found {value!r}", problem))
+            faults.append(Fault(where, f"found {shown(value)}", problem))
     return faults
 
 

@@ -44,10 +44,21 @@ class ModelSpec:
         metadata=about("The type of the weights.", choices=("bfloat16", "float16", "float32")),
     )
     revision: str | None = attrs.field(
-        default=None, metadata=about("A branch, tag or commit on the hub; the default is `main`.")
+        default=None,
+        metadata=about(
+            "A branch, tag or commit on the hub; the default is `main`.",
+            # It becomes part of a path in the hub's cache.
+            pattern=r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._/-]{0,250}",
+            form="letters, digits and . _ - /, without '..'",
+        ),
     )
     variant: str | None = attrs.field(
-        default=None, metadata=about("Load the weight files of this variant, as in `fp16`.")
+        default=None,
+        metadata=about(
+            "Load the weight files of this variant, as in `fp16`.",
+            pattern="[A-Za-z0-9_-]{1,60}",
+            form="letters, digits, _ and -",
+        ),
     )
     local_files_only: bool = attrs.field(
         default=False, metadata=about("Use what is in the hub's cache and ask the network for nothing.")

@@ -75,15 +75,24 @@ class PipelineSpec:
 
 def _open(source: object) -> tuple[Mapping[str, Any], str, Path]:
     """The tables behind a source, its name for messages, and the folder relative paths start from."""
+    here = _working_folder()
     if isinstance(source, PipelineSpec):
         return source.to_dict(), source.source, source.base
     if isinstance(source, Mapping):
-        return dict(source), "the spec", Path.cwd()
+        return dict(source), "the spec", here
     if isinstance(source, str | Path):
         path = Path(source)
-        return read_toml(path), clean(str(path), 300), path.absolute().parent
+        return read_toml(path), clean(str(path), 300), (here / path).parent
     wanted = "give a path, a mapping or a PipelineSpec"
     raise SpecError([Fault("$", f"found {shown(source)}", wanted)])
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:
+        found = "the working directory no longer exists"
+        raise SpecError([Fault("$", found, "change to a folder that does")]) from None
 
 
 def _places(tables: Mapping[str, Any], base: Path) -> tuple[dict[str, str], list[Fault]]:

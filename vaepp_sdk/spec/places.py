@@ -29,6 +29,8 @@ def model_place(text: str, base: Path) -> str:
     Raises:
         RefusedError: it is neither, or a folder that is not there.
     """
+    if not text:
+        raise RefusedError("found an empty string", _HUB_FIX)
     if "://" in text or text.lower().startswith("file:"):
         raise RefusedError("found a URL", _HUB_FIX)
     if "@" in text and ":" in text:
@@ -37,10 +39,10 @@ def model_place(text: str, base: Path) -> str:
     if ".." in text and not looks_local:
         raise RefusedError(f"found {shown(text)}, which holds '..'", _HUB_FIX)
     folder = _absolute(text, base)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises where a parent may not be read
         return str(folder)
     if looks_local:
-        problem = "is no folder" if folder.exists() else "does not exist"
+        problem = "is no folder" if os.path.lexists(folder) else "does not exist"
         raise RefusedError(f"found {shown(text)}, and {clean(str(folder), 200)} {problem}", _HUB_FIX)
     if not _is_hub_id(text):
         raise RefusedError(f"found {shown(text)}", _HUB_FIX)
@@ -64,7 +66,7 @@ def output_place(text: str, base: Path) -> str:
     for place in (folder, *folder.parents):
         # The nearest thing that exists decides: below it everything can still be made.
         if os.path.lexists(place):
-            if not place.is_dir():
+            if not os.path.isdir(place):  # noqa: PTH112 - as above
                 raise RefusedError(f"{clean(str(place), 200)} is no folder", fix)
             break
     return str(folder)
@@ -77,7 +79,7 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _absolute(text: str, base: Path) -> Path:
-    """An absolute path without `..`; links are kept as they are."""
+    """An absolute path; one with `..` is resolved as the system does it, through links."""
     problem = text_problem(text)
     if problem:
         raise RefusedError(f"found {shown(text)}", problem)
@@ -88,5 +90,5 @@ def _absolute(text: str, base: Path) -> Path:
         path = Path(text).expanduser()
     except RuntimeError:
         raise RefusedError(f"found {shown(text)}", "there is no such home folder") from None
-    # Not resolve(): a link that leads back to itself would raise, and a link is the user's own choice.
-    return Path(os.path.normpath(base / path))
+    # realpath, not Path.resolve(): a link that leads back to itself must not raise here.
+    return Path(os.path.realpath(base / path)) if ".." in path.parts else base / path

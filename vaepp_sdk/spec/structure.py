@@ -15,7 +15,7 @@ from vaepp_sdk.spec.calls import call_faults
 from vaepp_sdk.spec.values import ABOUT, About, RefusedError, value_type
 from vaepp_sdk.text import key_path, shown
 
-__all__ = ["keys", "structure", "unknown_key"]
+__all__ = ["keys", "structure", "table_class", "unknown_key"]
 
 ClassT = TypeVar("ClassT")
 _MAX_UNKNOWN = 10
@@ -70,7 +70,7 @@ def _register(converter: Converter, cls: type) -> None:
 
 def _hook(converter: Converter, field: attrs.Attribute[Any]) -> Callable[[Any, Any], Any]:
     about: About = field.metadata[ABOUT]
-    inner = _table_class(field)
+    inner = table_class(field)
     if inner is not None:
         table = inner
         _register(converter, table)
@@ -89,7 +89,7 @@ def _hook(converter: Converter, field: attrs.Attribute[Any]) -> Callable[[Any, A
     return scalar
 
 
-def _table_class(field: attrs.Attribute[Any]) -> type | None:
+def table_class(field: attrs.Attribute[Any]) -> type | None:
     """The spec class behind a field, or None where the field is a scalar or a free table."""
     for option in getattr(field.type, "__args__", (field.type,)):
         if isinstance(option, type) and attrs.has(option):
@@ -131,7 +131,7 @@ class _FaultsFoundError(Exception):
 
 def _homes(root: type) -> dict[str, str]:
     """The table each key of a spec belongs to, for keys that stand in the wrong one."""
-    tables = {name: _table_class(field) for name, field in keys(root).items()}
+    tables = {name: table_class(field) for name, field in keys(root).items()}
     return {key: name for name, table in tables.items() if table is not None for key in keys(table)}
 
 
@@ -144,7 +144,7 @@ def _faults(error: ClassValidationError, path: str, cls: type, homes: Mapping[st
         where = key_path(path, note.name)
         field = keys(cls)[note.name]
         if isinstance(cause, ClassValidationError):
-            yield from _faults(cause, where, _table_class(field) or cls, homes)
+            yield from _faults(cause, where, table_class(field) or cls, homes)
         elif isinstance(cause, RefusedError):
             yield Fault(where, cause.found, cause.fix)
         elif isinstance(cause, _FaultsFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -104,12 +105,16 @@ class About:
         minimum: the smallest number allowed.
         maximum: the largest number allowed.
         choices: the only strings allowed, or empty.
+        pattern: what a string must match as a whole, or None.
+        form: the pattern in words.
     """
 
     help: str
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    pattern: str | None = None
+    form: str = ""
 
     def problem(self, kind: ValueType, value: Any) -> str | None:
         """What would work instead of `value`, or None where it is fine."""
@@ -118,6 +123,8 @@ class About:
         if isinstance(value, str):
             if self.choices and value not in self.choices:
                 return f"it must be one of {', '.join(self.choices)}"
+            if self.pattern is not None and not re.fullmatch(self.pattern, value):
+                return f"it must be {self.form}"
             return text_problem(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return self._number_problem(value)
