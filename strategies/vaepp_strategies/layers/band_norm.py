@@ -1,0 +1,62 @@
+"""GroupNorm of a band with the whole picture's statistics, and rows for the next convolution on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
+from vaepp_strategies.layers.parts import Scale
+from vaepp_strategies.layers.reach import Reach
+
+__all__ = ["band_group_norm", "band_pointwise"]
+
+
+def band_group_norm(
+    norm: nn.GroupNorm, bands: Bands, reach: Reach, scale: Scale
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for `norm`; the neighbours' rows, not yet normalised, ride with their statistics.
+
+    With the merged statistics this rank normalises those rows as their owner does, so the convolution behind
+    the norm needs no message of its own.
+
+    Args:
+        norm: the layer.
+        bands: this rank's band.
+        reach: the rows that the layers behind the norm need.
+        scale: the resolution of its input.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        mine = moments(values, norm.num_groups)
+        everyone, halo = bands.gather_with_rows(mine, values, reach, "normalisation statistics")
+        per_position = norm.num_channels // norm.num_groups
+        counts = [area * per_position for area in bands.areas(values, scale)]
+        mean, variance = merge_moments(counts, everyone)
+
+        def normalise(rows: torch.Tensor) -> torch.Tensor:
+            return apply_statistics(norm, rows, mean, variance)
+
+        result = normalise(values)
+        if reach:
+            bands.carry(result, halo.mapped(normalise))
+        return result
+
+    return forward
+
+
+def band_pointwise(layer: nn.Module, bands: Bands) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for a layer that works position by position: what is carried with its input goes through too."""
+    own = type(layer).forward
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        halo = bands.carried(values)
+        result: torch.Tensor = own(layer, values)
+        if halo is not None:
+            bands.carry(result, halo.mapped(lambda rows: own(layer, rows)))
+        return result
+
+    return forward

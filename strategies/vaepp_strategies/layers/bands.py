@@ -1,0 +1,173 @@
+"""Bands of rows or columns without overlap, and the neighbours' rows that layers need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vaepp_sdk.parallel.view import Pending, Recv, Send
+from vaepp_strategies.layers.exchange import Exchange
+from vaepp_strategies.layers.parts import Scale
+from vaepp_strategies.layers.reach import Reach
+
+__all__ = ["Bands", "Halo"]
+
+RowMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+@attrs.frozen(eq=False)
+class Halo:
+    """The neighbours' rows around one tensor of a band, possibly still under way.
+
+    A band at an edge of the picture has no rows beyond it: there they are None.
+    """
+
+    _above: torch.Tensor | None
+    _below: torch.Tensor | None
+    _pending: Pending | None = None
+    _maps: tuple[RowMap, ...] = ()
+
+    def mapped(self, layer: RowMap) -> Halo:
+        """The rows around a layer's output, where the layer works position by position."""
+        return attrs.evolve(self, maps=(*self._maps, layer))
+
+    def rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The rows above and below, once they have arrived.
+
+        Raises:
+            PeerError: a neighbour is gone, or did not answer in time.
+        """
+        if self._pending is not None:
+            self._pending.wait()
+        return self._apply(self._above), self._apply(self._below)
+
+    def _apply(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        for layer in self._maps:
+            rows = None if rows is None else layer(rows)
+        return rows
+
+
+@attrs.frozen(eq=False)
+class Bands(Exchange):
+    """One rank's band among all, for the length of one decode or encode.
+
+    "Above" and "below" are meant along the split axis: where columns are split, they are left and right.
+    """
+
+    _halos: WeakIdKeyDictionary = attrs.field(factory=WeakIdKeyDictionary, init=False)
+
+    @property
+    def axis(self) -> int:
+        """The split axis of every tensor: -2 or -1."""
+        return self.parts.axis
+
+    def areas(self, tensor: torch.Tensor, scale: Scale) -> list[int]:
+        """Every band's positions, rows times columns, at a layer's resolution."""
+        across = tensor.shape[-1 if self.axis == -2 else -2]
+        return [self.parts.core_length(rank, scale) * across for rank in range(self.ranks)]
+
+    def carry(self, tensor: torch.Tensor, halo: Halo) -> None:
+        """Keep the rows around a tensor for the layer that will read it."""
+        self._halos[tensor] = halo
+
+    def carried(self, tensor: torch.Tensor) -> Halo | None:
+        """The rows around a tensor, where an earlier layer fetched them."""
+        found: Halo | None = self._halos.get(tensor)
+        return found
+
+    def fetch(self, tensor: torch.Tensor, reach: Reach, what: str) -> Halo:
+        """Ask the neighbours for their rows around a tensor, and send them ours; does not wait.
+
+        Args:
+            tensor: this rank's band of a layer's input.
+            reach: how many rows; the same on every rank.
+            what: names the exchange in errors.
+
+        Raises:
+            PeerError: a neighbour is gone.
+        """
+        above, below = self._empty_rows(tensor, reach)
+        sends = [Send(self._rows_for(tensor, peer, reach), peer) for peer in self._neighbours]
+        recvs = []
+        if above is not None:
+            recvs.append(Recv(above, self.group.rank - 1))
+        if below is not None:
+            recvs.append(Recv(below, self.group.rank + 1))
+        return Halo(above, below, self.group.post(sends, recvs, what))
+
+    def gather_with_rows(
+        self, mine: torch.Tensor, tensor: torch.Tensor, reach: Reach, what: str
+    ) -> tuple[list[torch.Tensor], Halo]:
+        """Everyone's small tensor of one shape and dtype; the neighbours' rows ride in the same messages.
+
+        Args:
+            mine: this rank's small tensor; at least as wide a dtype as `tensor`'s.
+            tensor: this rank's band of a layer's input.
+            reach: how many rows ride.
+            what: names the exchange in errors.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        head = _bytes(mine)
+        above, below = self._empty_rows(tensor, reach)
+        riding = {self.group.rank - 1: above, self.group.rank + 1: below}
+        sends, recvs = [], []
+        for peer in range(self.ranks):
+            if peer == self.group.rank:
+                continue
+            rows = _bytes(self._rows_for(tensor, peer, reach))
+            sends.append(Send(torch.cat([head, rows]), peer))
+            tail = riding.get(peer)
+            size = head.numel() + (0 if tail is None else _bytes(tail).numel())
+            recvs.append(Recv(head.new_empty(size), peer))
+        self.group.exchange(sends, recvs, what)
+        found = {recv.source: recv.tensor for recv in recvs}
+        for peer, tail in riding.items():
+            if tail is not None:
+                _bytes(tail).copy_(found[peer][head.numel() :])
+        everyone = [
+            mine if rank == self.group.rank else found[rank][: head.numel()].view(mine.dtype).view(mine.shape)
+            for rank in range(self.ranks)
+        ]
+        return everyone, Halo(above, below)
+
+    @property
+    def _neighbours(self) -> list[int]:
+        return [peer for peer in (self.group.rank - 1, self.group.rank + 1) if 0 <= peer < self.ranks]
+
+    def _empty_rows(
+        self, tensor: torch.Tensor, reach: Reach
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Room for the neighbours' rows; None at an edge of the picture, and where none are needed."""
+
+        def room(peer: int, rows: int) -> torch.Tensor | None:
+            if not rows or peer not in self._neighbours:
+                return None
+            shape = list(tensor.shape)
+            shape[self.axis] = rows
+            return tensor.new_empty(shape)
+
+        return room(self.group.rank - 1, reach.above), room(self.group.rank + 1, reach.below)
+
+    def _rows_for(self, tensor: torch.Tensor, peer: int, reach: Reach) -> torch.Tensor:
+        """A copy of the rows that a peer reads of this band: none, unless it is a neighbour."""
+        length = tensor.shape[self.axis]
+        if peer == self.group.rank - 1:
+            return _copy(tensor.narrow(self.axis, 0, reach.below))
+        if peer == self.group.rank + 1:
+            return _copy(tensor.narrow(self.axis, length - reach.above, reach.above))
+        return tensor.new_empty(0)
+
+
+def _copy(rows: torch.Tensor) -> torch.Tensor:
+    """Never a view: the band may be written to in place while its rows are under way."""
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as flat bytes, in place."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,86 @@
+"""Up- and downsampling of a band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.conv import convolve_band
+from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
+
+__all__ = ["band_downsample", "band_upsample", "band_upsample_block"]
+
+
+def band_upsample(
+    upsample: nn.Upsample, bands: Bands, reach: Reach, name: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for a nearest `nn.Upsample`; the rows for the next layer travel before they are doubled.
+
+    Args:
+        upsample: the layer, with a whole scale factor.
+        bands: this rank's band.
+        reach: what is needed of the neighbours' input rows, where no earlier layer fetched it.
+        name: names the exchange in errors.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        return _carry_through(values, lambda rows: nn.Upsample.forward(upsample, rows), bands, reach, name)
+
+    return forward
+
+
+def band_upsample_block(block: Any, bands: Bands, reach: Reach, name: str) -> Callable[..., torch.Tensor]:
+    """A forward for diffusers' `Upsample2D`: nearest interpolation by 2, then its convolution, if it has one.
+
+    The convolution must be replaced too; it finds the rows around its input carried.
+    """
+
+    def double(rows: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(rows, scale_factor=2.0, mode="nearest")
+
+    def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        doubled = _carry_through(values, double, bands, reach, name)
+        result: torch.Tensor = block.conv(doubled) if block.use_conv else doubled
+        return result
+
+    return forward
+
+
+def band_downsample(block: Any, bands: Bands, name: str) -> Callable[..., torch.Tensor]:
+    """A forward for diffusers' `Downsample2D` with padding 0: a band needs one row of the next one only."""
+    convolution: nn.Conv2d = block.conv
+    across = (0, 0, 0, 1) if bands.axis == -1 else (0, 1, 0, 0)
+
+    def whole(values: torch.Tensor) -> torch.Tensor:
+        return nn.Conv2d.forward(convolution, F.pad(values, (0, 1, 0, 1)))
+
+    def rows(strip: torch.Tensor) -> torch.Tensor:
+        return nn.Conv2d.forward(convolution, F.pad(strip, across))
+
+    def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        halo = bands.carried(values) or bands.fetch(values, DOWNSAMPLE_WINDOW.reach, name)
+        return convolve_band(values, halo, bands.axis, DOWNSAMPLE_WINDOW, whole, rows)
+
+    return forward
+
+
+def _carry_through(
+    values: torch.Tensor,
+    layer: Callable[[torch.Tensor], torch.Tensor],
+    bands: Bands,
+    reach: Reach,
+    name: str,
+) -> torch.Tensor:
+    """Run a layer on a band and on the rows around it; both are then at the layer's new resolution."""
+    halo = bands.carried(values)
+    if halo is None and reach:
+        halo = bands.fetch(values, reach, name)
+    result = layer(values)
+    if halo is not None:
+        bands.carry(result, halo.mapped(layer))
+    return result

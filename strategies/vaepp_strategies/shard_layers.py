@@ -1,0 +1,119 @@
+"""The layers that `shard` knows: what is refused of each, and what each runs on a band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from vaepp_sdk.vae.trace import LayerTrace
+from vaepp_strategies.layers.attention import shared_attention
+from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
+from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.conv import band_convolution, convolution_window
+from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
+from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
+from vaepp_strategies.shard_steps import ShardStep, visible_calls
+
+__all__ = ["SHARD_LAYERS", "band_forwards", "refused_layers"]
+
+Forward = Callable[..., Any]
+
+
+def _convolution(layer: nn.Conv2d) -> str | None:
+    kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+    if layer.padding_mode != "zeros":
+        return f"its padding mode is {layer.padding_mode!r}"
+    if set(layer.dilation) != {1}:
+        return f"its dilation is {layer.dilation}"
+    square = len(set(kernel)) == len(set(stride)) == len(set(padding)) == 1
+    if not square or kernel[0] % 2 == 0 or padding[0] != kernel[0] // 2 or stride[0] > min(2, kernel[0]):
+        return f"its kernel is {kernel}, its stride {stride} and its padding {padding!r}"
+    return None
+
+
+def _upsample(layer: nn.Upsample) -> str | None:
+    factor = layer.scale_factor
+    if layer.mode != "nearest":
+        return f"its mode is {layer.mode!r}"
+    return None if isinstance(factor, (int, float)) and factor == int(factor) else f"its factor is {factor}"
+
+
+def _upsample_block(layer: Upsample2D) -> str | None:
+    if layer.norm is not None or layer.use_conv_transpose or not layer.interpolate:
+        return "it is not a plain nearest interpolation"
+    if not layer.use_conv:
+        return None
+    return _convolution(layer.conv) if getattr(layer, "conv", None) is not None else "it has no conv"
+
+
+def _downsample_block(layer: Downsample2D) -> str | None:
+    if layer.norm is not None or not layer.use_conv or layer.padding != 0:
+        return "it is not a convolution with padding 0"
+    kernel, stride = tuple(layer.conv.kernel_size), tuple(layer.conv.stride)
+    return None if (kernel, stride) == ((3, 3), (2, 2)) else f"its kernel {kernel} and stride {stride}"
+
+
+SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
+    nn.Conv2d: _convolution,
+    nn.GroupNorm: KNOWN_LAYERS[nn.GroupNorm],
+    nn.Upsample: _upsample,
+    Upsample2D: _upsample_block,
+    Downsample2D: _downsample_block,
+    Attention: KNOWN_LAYERS[Attention],
+}
+"""Layers replaced on a band, each with its check; others must work position by position."""
+
+
+def refused_layers(trace: LayerTrace, vae: nn.Module) -> list[str]:
+    """Every layer that `shard` cannot run on a band, as `name (Class): reason`."""
+    visible = tuple(call for _, call in visible_calls(trace))
+    return unknown_layers(attrs.evolve(trace, calls=visible), vae, SHARD_LAYERS)
+
+
+def band_forwards(
+    trace: LayerTrace, vae: nn.Module, bands: Bands, steps: tuple[ShardStep, ...]
+) -> Mapping[nn.Module, Forward]:
+    """What every layer runs on this rank's band instead of its own forward.
+
+    Args:
+        trace: the calls of the decode or encode.
+        vae: the VAE.
+        bands: this rank's band.
+        steps: what layers exchange.
+    """
+    by_name = {step.name: step for step in steps}
+    outer = {call.inside for call in trace.calls}
+    found: dict[nn.Module, Forward] = {}
+    for index, call in visible_calls(trace):
+        layer = vae.get_submodule(call.name)
+        forward = _forward(layer, call.name, bands, by_name.get(call.name), leaf=index not in outer)
+        if forward is not None:
+            found[layer] = forward
+    return found
+
+
+def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, leaf: bool) -> Forward | None:
+    """One layer's forward on a band; None for one that only calls others."""
+    reach = Reach() if step is None else step.reach
+    if isinstance(layer, nn.GroupNorm):
+        assert step is not None, "every normalisation exchanges"
+        return band_group_norm(layer, bands, reach, step.scale)
+    if isinstance(layer, nn.Conv2d):
+        pointwise = convolution_window(layer, bands.axis).pointwise
+        return band_pointwise(layer, bands) if pointwise else band_convolution(layer, bands, name)
+    if isinstance(layer, nn.Upsample):
+        return band_upsample(layer, bands, reach, name)
+    if isinstance(layer, Upsample2D):
+        return band_upsample_block(layer, bands, reach, name)
+    if isinstance(layer, Downsample2D):
+        return band_downsample(layer, bands, name)
+    if isinstance(layer, Attention):
+        return shared_attention(layer, bands)
+    return band_pointwise(layer, bands) if leaf else None

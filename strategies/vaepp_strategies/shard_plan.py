@@ -1,0 +1,148 @@
+"""Which band each rank holds, and every message: pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.landing import landing_moves
+from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
+from vaepp_strategies.layers.parts import Part, Parts, Scale
+from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.shard_steps import ShardStep, shard_steps
+
+__all__ = ["ShardPlan", "plan_shards"]
+
+_MOMENT_BYTES = 2 * 8
+"""A mean and a sum of squared deviations of one group, in float64."""
+
+
+@attrs.frozen(kw_only=True)
+class ShardPlan(WorkPlan):
+    """A work plan whose windows are bands without overlap, one for each active rank.
+
+    Attributes:
+        parts: the active ranks' bands, in input units.
+        steps: what layers exchange, in order; empty where one rank does all the work.
+        input_reach: rows around a band of the input that its first layer reads.
+    """
+
+    parts: Parts
+    steps: tuple[ShardStep, ...]
+    input_reach: Reach
+
+
+def plan_shards(facts: VaeFacts, work: Work) -> ShardPlan:
+    """Cut the longer side of the latent into bands, and list every message.
+
+    Where a side has fewer rows than the ranks would need, the surplus ranks get no band.
+
+    Args:
+        facts: the VAE.
+        work: what is asked.
+
+    Raises:
+        UnsupportedError: the input has a frame axis or no pixel, or the adapter does not say which layers it
+            calls.
+    """
+    trace = facts.layers(work.direction)
+    if len(work.shape) != 4 or facts.temporal_ratio or trace is None:
+        raise UnsupportedError(
+            f"strategy 'shard' takes pictures, (batch, channels, rows, columns), of VAEs whose layers are "
+            f"known; found {facts.vae_class} and shape {work.shape}"
+        )
+    if 0 in facts.out_shape(work.direction, work.shape):
+        raise UnsupportedError(f"{work.direction} of shape {work.shape} has no output")
+    exchanges = shard_steps(trace)
+    parts = _cut(facts, work, exchanges.shortest_band)
+    out_shape = facts.out_shape(work.direction, work.shape)
+    plan = ShardPlan(
+        strategy="shard",
+        work=work,
+        windows=tuple(_window(rank, parts, work.shape, out_shape) for rank in range(len(parts.parts))),
+        out_shape=out_shape,
+        moves=(),
+        peak_bytes=_peaks(parts, facts, work),
+        parts=parts,
+        steps=exchanges.steps if len(parts.parts) > 1 else (),
+        input_reach=exchanges.input_reach,
+    )
+    return attrs.evolve(plan, moves=_moves(plan))
+
+
+def _cut(facts: VaeFacts, work: Work, shortest: int) -> Parts:
+    """Each active rank's band along the longer side of the latent."""
+    decoding = work.direction == "decode"
+    sides = work.shape[-2:] if decoding else facts.out_shape("encode", work.shape)[-2:]
+    axis = -1 if sides[1] > sides[0] else -2
+    unit = 1 if decoding else facts.spatial_ratio
+    # A last latent of a picture that is no whole number of latents is too short a band of its own.
+    whole = min(sides[axis], work.shape[axis] // unit)
+    active = max(1, min(work.ranks, whole // -(-shortest // unit)))
+    bands = split_evenly(sides[axis], active)
+    ends = [(start + size) * unit for start, size in bands[:-1]] + [work.shape[axis]]
+    starts = [0, *ends[:-1]]
+    return Parts(
+        axis,
+        tuple(Part(start, end - start, start, end - start) for start, end in zip(starts, ends, strict=True)),
+        output=Scale(facts.spatial_ratio, 1) if decoding else Scale(1, facts.spatial_ratio),
+        rounds_up=facts.encode_rounds_up and not decoding,
+    )
+
+
+def _window(rank: int, parts: Parts, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Window:
+    part, scale = parts.parts[rank], parts.output
+    first, rows = part.start * scale.up // scale.down, parts.core_length(rank, scale)
+    if parts.axis == -2:
+        source, target = Box(part.start, 0, part.length, in_shape[-1]), Box(first, 0, rows, out_shape[-1])
+    else:
+        source, target = Box(0, part.start, in_shape[-2], part.length), Box(0, first, out_shape[-2], rows)
+    return Window(rank, rank, source, target)
+
+
+def _moves(plan: ShardPlan) -> tuple[Move, ...]:
+    ranks, work = len(plan.windows), plan.work
+    exchanged = tuple(
+        Move(place, step.kind, source, reader, nbytes)
+        for place, step in enumerate(plan.steps)
+        for source, reader in _pairs(ranks)
+        if (nbytes := _step_bytes(plan, step, source, reader))
+    )
+    pieces = {window.index: plan.piece_bytes(window) for window in plan.windows}
+    return exchanged + landing_moves(plan.windows, pieces, work.output, work.world_size, len(plan.steps))
+
+
+def _pairs(ranks: int) -> Iterator[tuple[int, int]]:
+    return ((source, reader) for source in range(ranks) for reader in range(ranks) if source != reader)
+
+
+def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> int:
+    """The size of one rank's message to another in one exchange."""
+    batch, itemsize = plan.work.shape[0], plan.work.itemsize
+    across = plan.parts.rows(plan.work.shape[-1 if plan.parts.axis == -2 else -2], step.scale)
+    if step.kind == "keys and values":
+        positions = plan.parts.core_length(source, step.scale) * across
+        return 2 * batch * positions * step.width * itemsize
+    # The reader below needs this band's last rows, as those above it; the reader above its first ones.
+    rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
+    return batch * (rows * step.channels * across * itemsize + step.width * _MOMENT_BYTES)
+
+
+def _peaks(parts: Parts, facts: VaeFacts, work: Work) -> tuple[int, ...]:
+    """Each rank's live bytes inside its band, or while the pieces land if that is more."""
+    across = work.shape[-1 if parts.axis == -2 else -2]
+    scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
+    whole = math.prod(facts.out_shape(work.direction, work.shape)) * work.itemsize
+
+    def peak(rank: int, part: Part) -> int:
+        values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel
+        landed = work.output == "all" or (work.output == "rank0" and rank == 0)
+        # The whole output, and what has arrived and is not yet written into it.
+        return max(int(values) * work.itemsize, 2 * whole if landed else 0)
+
+    idle = (0,) * (work.ranks - len(parts.parts))
+    return tuple(peak(rank, part) for rank, part in enumerate(parts.parts)) + idle

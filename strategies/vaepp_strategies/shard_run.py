@@ -1,0 +1,101 @@
+"""Runs a shard plan: tensors and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.vae.adapter import VaeAdapter
+from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.landing import Landed, land
+from vaepp_sdk.vae.plan import Window, Work
+from vaepp_strategies.layers.bands import Bands, Halo
+from vaepp_strategies.layers.swap import swapped
+from vaepp_strategies.shard_layers import band_forwards, refused_layers
+from vaepp_strategies.shard_plan import ShardPlan, plan_shards
+
+__all__ = ["ShardStrategy"]
+
+WindowCall = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ShardStrategy:
+    """Decodes one band on each rank; layers exchange rows, statistics, and attention's keys and values."""
+
+    def plan(self, facts: VaeFacts, work: Work) -> ShardPlan:
+        """See `Strategy.plan`."""
+        return plan_shards(facts, work)
+
+    def check(self, adapter: VaeAdapter) -> None:
+        """See `Strategy.check`: refuses layers that this strategy does not know how to run on a band."""
+        facts = adapter.facts()
+        for direction in ("decode", "encode"):
+            trace = facts.layers(direction)
+            if trace is None:
+                raise UnsupportedError(
+                    f"strategy 'shard' cannot serve a {facts.vae_class}: its adapter does not say which "
+                    f"layers {direction} calls"
+                )
+            faults = refused_layers(trace, adapter.vae)
+            if faults:
+                raise UnsupportedError(
+                    f"strategy 'shard' cannot {direction} with this {facts.vae_class}:\n  "
+                    + "\n  ".join(faults)
+                )
+
+    def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
+        """See `Strategy.decode`."""
+
+        def window_call(band: torch.Tensor) -> torch.Tensor:
+            return adapter.finish_decode(adapter.decode_window(band))
+
+        return _run(adapter, window_call, latent, group, plan)
+
+    def encode(self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
+        """See `Strategy.encode`."""
+        return _run(adapter, adapter.encode_window, picture, group, plan)
+
+
+@torch.no_grad()
+def _run(
+    adapter: VaeAdapter, window_call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: ShardPlan
+) -> Landed:
+    pieces = {}
+    for window in plan.owned(group.rank):
+        if len(plan.windows) == 1:
+            pieces[window.index] = window_call(value)
+        else:
+            pieces[window.index] = _band(adapter, window_call, value, group, plan, window)
+        group.progress(1, 1)
+    return land(pieces, group, plan, value.dtype, value.device)
+
+
+def _band(
+    adapter: VaeAdapter,
+    window_call: WindowCall,
+    value: torch.Tensor,
+    group: VaeGroup,
+    plan: ShardPlan,
+    window: Window,
+) -> torch.Tensor:
+    """This rank's band of the output."""
+    trace = adapter.facts().layers(plan.work.direction)
+    assert trace is not None, "a plan was made from the layers"
+    bands = Bands(group, plan.parts)
+    band = value[(..., *window.source.slices)].contiguous()
+    if plan.input_reach:
+        bands.carry(band, _input_halo(value, plan, group.rank))
+    with swapped(band_forwards(trace, adapter.vae, bands, plan.steps)):
+        return window_call(band)
+
+
+def _input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:
+    """The rows around this rank's band of the input, which every rank holds."""
+    axis, part, reach = plan.parts.axis, plan.parts.parts[rank], plan.input_reach
+    end = part.start + part.length
+    above = value.narrow(axis, part.start - reach.above, reach.above) if part.start else None
+    below = value.narrow(axis, end, reach.below) if end < value.shape[axis] else None
+    return Halo(above, below)

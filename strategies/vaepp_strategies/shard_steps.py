@@ -1,0 +1,195 @@
+"""What the layers of a decode or encode exchange, from a trace of their calls: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import attrs
+
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.vae.trace import INPUT, UNKNOWN, LayerCall, LayerTrace
+from vaepp_strategies.layers.parts import Scale
+from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach, Window, rows_before
+
+__all__ = ["COVERING", "ShardStep", "ShardSteps", "shard_steps", "visible_calls"]
+
+StepKind = Literal["halo", "statistics", "keys and values"]
+
+COVERING = ("Attention", "Downsample2D")
+"""Layers replaced as a whole: of what they call, only normalisations are looked at."""
+
+_GIVERS = ("GroupNorm", "Upsample", "Upsample2D")
+"""Layers that can fetch the rows which a later layer needs."""
+
+
+@attrs.frozen(kw_only=True)
+class ShardStep:
+    """One exchange of one layer.
+
+    Attributes:
+        name: the layer's name in the VAE.
+        kind: what is exchanged.
+        scale: the resolution of the layer's input.
+        channels: channels of the rows exchanged with neighbours.
+        reach: the neighbours' rows that are fetched.
+        width: groups of the normalisation, or features of a key; else 0.
+    """
+
+    name: str
+    kind: StepKind
+    scale: Scale
+    channels: int = 0
+    reach: Reach = Reach()
+    width: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class ShardSteps:
+    """The exchanges of one decode or encode.
+
+    Attributes:
+        steps: in the order in which they happen.
+        input_reach: rows around a band of the input that its first layer reads; every rank holds the input.
+    """
+
+    steps: tuple[ShardStep, ...]
+    input_reach: Reach
+
+    @property
+    def shortest_band(self) -> int:
+        """The fewest input rows a band can have: as many as its neighbours ask of it at any layer."""
+        needs = [(max(step.reach.above, step.reach.below), step.scale) for step in self.steps]
+        return max([1, *(-(-rows * scale.down // scale.up) for rows, scale in needs)])
+
+
+def shard_steps(trace: LayerTrace) -> ShardSteps:
+    """List the exchanges of a traced decode or encode whose layers are all known.
+
+    Where a convolution reads what a normalisation gave, directly or through layers that work position by
+    position, its rows ride with the statistics; where it reads the input itself, nothing moves.
+
+    Raises:
+        UnsupportedError: a layer is called twice and needs different rows each time.
+    """
+    own, given = _requests(trace)
+    found = []
+    for index, call in visible_calls(trace):
+        step = _step(trace, index, call, own.get(index, given.get(index, Reach())), index in own)
+        if step is not None:
+            found.append((_moment(trace, index), step))
+    steps = tuple(step for _, step in sorted(found, key=lambda item: item[0]))
+    for step in steps:
+        if any(other.name == step.name and other.reach != step.reach for other in steps):
+            raise UnsupportedError(
+                f"strategy 'shard' cannot serve {step.name}: its calls need different rows"
+            )
+    return ShardSteps(steps=steps, input_reach=given.get(INPUT, Reach()))
+
+
+def visible_calls(trace: LayerTrace) -> Iterator[tuple[int, LayerCall]]:
+    """Every call and its index, less those that a covering layer makes, except for normalisations."""
+    for index, call in enumerate(trace.calls):
+        if call.kind == "GroupNorm" or not any(
+            trace.calls[outer].kind in COVERING for outer in _enclosing(trace, index)
+        ):
+            yield index, call
+
+
+def _enclosing(trace: LayerTrace, index: int) -> Iterator[int]:
+    """The calls around a call, innermost first."""
+    index = trace.calls[index].inside
+    while index >= 0:
+        yield index
+        index = trace.calls[index].inside
+
+
+def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
+    """Rows that calls fetch for themselves, and rows that calls (or the input) fetch for later ones."""
+    own: dict[int, Reach] = {}
+    given: dict[int, Reach] = {}
+    # Readers before givers, so that a giver's own need is complete when it asks further up.
+    for index, call in reversed(list(visible_calls(trace))):
+        reach = _needed(call, given.get(index, Reach()))
+        if not reach:
+            continue
+        giver = _giver(trace, index)
+        if giver is None:
+            own[index] = reach
+        else:
+            given[giver] = given.get(giver, Reach()).joined(reach)
+    return own, given
+
+
+def _needed(call: LayerCall, given: Reach) -> Reach:
+    """The rows around its input that a call needs, where it must give the rows `given` around its output."""
+    if call.kind == "Conv2d":
+        return call_window(call).reach
+    if call.kind == "Downsample2D":
+        return DOWNSAMPLE_WINDOW.reach
+    if call.kind in ("Upsample", "Upsample2D"):
+        return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
+    return Reach()
+
+
+def _giver(trace: LayerTrace, index: int) -> int | None:
+    """The call that can fetch rows for this one, `INPUT`, or None where this one must fetch them itself."""
+    call = trace.calls[index]
+    if call.source == UNKNOWN and call.inside >= 0 and trace.calls[call.inside].kind == "Upsample2D":
+        return call.inside
+    source = call.source
+    while source >= 0:
+        call = trace.calls[source]
+        if call.kind in _GIVERS:
+            return source
+        if not _passes_through(trace, source):
+            return None
+        source = call.source
+    return INPUT if source == INPUT else None
+
+
+def _passes_through(trace: LayerTrace, index: int) -> bool:
+    """Whether a call works position by position, so that rows around its input become rows around its output."""
+    call = trace.calls[index]
+    if call.kind == "Conv2d":
+        return call_window(call).pointwise
+    leaf = all(other.inside != index for other in trace.calls[index + 1 :])
+    return leaf and call.kind not in COVERING
+
+
+def call_window(call: LayerCall) -> Window:
+    """A traced convolution along its rows; its columns are alike, see `shard_layers`."""
+    padding = call.setting("padding")[0]
+    return Window(call.setting("kernel_size")[0], call.setting("stride")[0], padding, padding)
+
+
+def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach, fetches: bool) -> ShardStep | None:
+    scale = _scale(trace, index)
+    channels = call.in_shape[1] if reach else 0
+    if call.kind == "GroupNorm":
+        groups = int(call.setting("num_groups"))
+        return ShardStep(
+            name=call.name, kind="statistics", scale=scale, channels=channels, reach=reach, width=groups
+        )
+    if call.kind == "Attention":
+        width = int(call.setting("inner_kv_dim"))
+        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=width)
+    if fetches:
+        return ShardStep(name=call.name, kind="halo", scale=scale, channels=channels, reach=reach)
+    return None
+
+
+def _scale(trace: LayerTrace, index: int) -> Scale:
+    """A call's resolution; inside attention, where positions are in one row, that of the attention."""
+    shapes = (trace.calls[at].in_shape for at in (index, *_enclosing(trace, index)))
+    rows = next(shape[-2] for shape in shapes if len(shape) == len(trace.in_shape))
+    whole = trace.in_shape[-2]
+    return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
+
+
+def _moment(trace: LayerTrace, index: int) -> tuple[int, int]:
+    """When a call exchanges: attention after the normalisation that it calls."""
+    if trace.calls[index].kind != "Attention":
+        return index, -index
+    inner = [at for at in range(index + 1, len(trace.calls)) if index in _enclosing(trace, at)]
+    return max([index, *inner]), -index
