@@ -26,6 +26,8 @@ def _entry(name: str, adapter: str, strategies: tuple[str, ...], pick: PickRule 
 @hookimpl
 def vaepp_register_vaes(register: Callable[[VaeEntry], None]) -> None:
     """Register the first-party VAE classes."""
-    register(_entry("AutoencoderKL", "vaepp_plugins.vae_kl:KLAdapter", ("tile", "patch")))
-    register(_entry("AutoencoderKLFlux2", "vaepp_plugins.vae_kl:KLAdapter", ("tile", "patch")))
-    register(_entry("AutoencoderTiny", "vaepp_plugins.vae_tiny:TinyAdapter", ("patch",), _always_patch))
+    register(_entry("AutoencoderKL", "vaepp_plugins.vae_kl:KLAdapter", ("tile", "patch", "shard")))
+    register(_entry("AutoencoderKLFlux2", "vaepp_plugins.vae_kl:KLAdapter", ("tile", "patch", "shard")))
+    register(
+        _entry("AutoencoderTiny", "vaepp_plugins.vae_tiny:TinyAdapter", ("patch", "shard"), _always_patch)
+    )

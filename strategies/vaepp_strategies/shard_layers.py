@@ -17,7 +17,7 @@ from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution, convolution_window
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
-from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.layers.reach import NO_ROWS
 from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
 from vaepp_strategies.shard_steps import ShardStep, visible_calls
 
@@ -101,7 +101,7 @@ def band_forwards(
 
 def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, leaf: bool) -> Forward | None:
     """One layer's forward on a band; None for one that only calls others."""
-    reach = Reach() if step is None else step.reach
+    reach = NO_ROWS if step is None else step.reach
     if isinstance(layer, nn.GroupNorm):
         assert step is not None, "every normalisation exchanges"
         return band_group_norm(layer, bands, reach, step.scale)

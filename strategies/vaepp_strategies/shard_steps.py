@@ -10,7 +10,7 @@ import attrs
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.trace import INPUT, UNKNOWN, LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Scale
-from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach, Window, rows_before
+from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Window, rows_before
 
 __all__ = ["COVERING", "ShardStep", "ShardSteps", "shard_steps", "visible_calls"]
 
@@ -40,7 +40,7 @@ class ShardStep:
     kind: StepKind
     scale: Scale
     channels: int = 0
-    reach: Reach = Reach()
+    reach: Reach = NO_ROWS
     width: int = 0
 
 
@@ -75,7 +75,7 @@ def shard_steps(trace: LayerTrace) -> ShardSteps:
     own, given = _requests(trace)
     found = []
     for index, call in visible_calls(trace):
-        step = _step(trace, index, call, own.get(index, given.get(index, Reach())), index in own)
+        step = _step(trace, index, call, own.get(index, given.get(index, NO_ROWS)), index in own)
         if step is not None:
             found.append((_moment(trace, index), step))
     steps = tuple(step for _, step in sorted(found, key=lambda item: item[0]))
@@ -84,7 +84,7 @@ def shard_steps(trace: LayerTrace) -> ShardSteps:
             raise UnsupportedError(
                 f"strategy 'shard' cannot serve {step.name}: its calls need different rows"
             )
-    return ShardSteps(steps=steps, input_reach=given.get(INPUT, Reach()))
+    return ShardSteps(steps=steps, input_reach=given.get(INPUT, NO_ROWS))
 
 
 def visible_calls(trace: LayerTrace) -> Iterator[tuple[int, LayerCall]]:
@@ -110,14 +110,14 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
     given: dict[int, Reach] = {}
     # Readers before givers, so that a giver's own need is complete when it asks further up.
     for index, call in reversed(list(visible_calls(trace))):
-        reach = _needed(call, given.get(index, Reach()))
+        reach = _needed(call, given.get(index, NO_ROWS))
         if not reach:
             continue
         giver = _giver(trace, index)
         if giver is None:
             own[index] = reach
         else:
-            given[giver] = given.get(giver, Reach()).joined(reach)
+            given[giver] = given.get(giver, NO_ROWS).joined(reach)
     return own, given
 
 
@@ -129,7 +129,7 @@ def _needed(call: LayerCall, given: Reach) -> Reach:
         return DOWNSAMPLE_WINDOW.reach
     if call.kind in ("Upsample", "Upsample2D"):
         return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
-    return Reach()
+    return NO_ROWS
 
 
 def _giver(trace: LayerTrace, index: int) -> int | None:
@@ -149,7 +149,7 @@ def _giver(trace: LayerTrace, index: int) -> int | None:
 
 
 def _passes_through(trace: LayerTrace, index: int) -> bool:
-    """Whether a call works position by position, so that rows around its input become rows around its output."""
+    """Whether a call works position by position: rows around its input become rows around its output."""
     call = trace.calls[index]
     if call.kind == "Conv2d":
         return call_window(call).pointwise

@@ -49,7 +49,7 @@ def band_group_norm(
 
 
 def band_pointwise(layer: nn.Module, bands: Bands) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for a layer that works position by position: what is carried with its input goes through too."""
+    """A forward for a layer that works position by position, on a band and on the rows carried with it."""
     own = type(layer).forward
 
     def forward(values: torch.Tensor) -> torch.Tensor:

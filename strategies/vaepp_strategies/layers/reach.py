@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["DOWNSAMPLE_WINDOW", "Reach", "Window", "rows_before"]
+__all__ = ["DOWNSAMPLE_WINDOW", "NO_ROWS", "Reach", "Window", "rows_before"]
 
 
 @attrs.frozen
@@ -20,6 +20,9 @@ class Reach:
     def joined(self, other: Reach) -> Reach:
         """Enough for both."""
         return Reach(max(self.above, other.above), max(self.below, other.below))
+
+
+NO_ROWS = Reach()
 
 
 @attrs.frozen
