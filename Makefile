@@ -22,7 +22,7 @@ install: ## create .venv and install vaepp with its development tools
 
 demo: install ## make pictures with a small Z-Image checkpoint on 2 ranks; needs no GPU
 	@$(BIN)/python -m vaepp_plugins.tiny_z_image "$(TINY)"
-	@$(BIN)/vaepp-run examples/quickstart.toml --set 'model.id="$(TINY)"'
+	@$(BIN)/vaepp-run examples/quickstart.toml --set "model.id=$(TINY)"
 	@echo "The pictures are in examples/out (noise: the small checkpoint is untrained)."
 
 test: install ## everything CI checks: lint, types, tests on real gloo ranks
@@ -44,7 +44,7 @@ docs: install ## check the documentation: links, snippets, every hook and settin
 	@$(BIN)/python -m pytest tests/test_docs.py $(PYTEST_ARGS)
 
 bench: install ## time, bytes and memory of each strategy against one rank, on this CPU
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python -m benchmarks.run
 
 clean: ## remove caches and build leftovers; keeps .venv
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
