@@ -25,7 +25,7 @@ from vaepp_sdk.testing import LiveBytes
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
-__all__ = ["WIDTHS", "Case", "measure"]
+__all__ = ["WIDTHS", "Case", "measure", "new_vae"]
 
 WIDTHS = {"full": (128, 256, 512, 512), "thin": (32, 64, 128, 128), "tiny": (8, 16, 16, 16)}
 """Channels of each level; `full` is the VAE of Flux and Z-Image."""
@@ -199,6 +199,11 @@ def _vae(case: Case, device: torch.device) -> Any:
     """A VAE with random weights, the same on every rank."""
     logging.set_verbosity_error()  # or it warns of a cast to the type the model already has
     torch.manual_seed(0)
+    return new_vae(case).to(device, getattr(torch, case.dtype)).eval()
+
+
+def new_vae(case: Case) -> Any:
+    """The VAE of a case, with fresh random weights on torch's default device."""
     widths = WIDTHS[case.vae]
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -215,4 +220,4 @@ def _vae(case: Case, device: torch.device) -> Any:
         if isinstance(module, nn.GroupNorm):  # plain affines would hide errors in shared statistics
             nn.init.uniform_(module.weight, 0.7, 1.3)
             nn.init.uniform_(module.bias, -0.3, 0.3)
-    return vae.to(device, getattr(torch, case.dtype)).eval()
+    return vae
