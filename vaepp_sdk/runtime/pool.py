@@ -26,7 +26,8 @@ def _unheard(event: Event) -> None:
 class WorkerPool:
     """The ranks of one job on this machine, in processes of their own.
 
-    `close`, garbage collection and the interpreter's exit end the ranks; if the process dies, the kernel does.
+    `close`, garbage collection and the interpreter's exit end the ranks; if the process dies, the kernel does
+    it.
 
     Args:
         job: what to start.

@@ -87,6 +87,8 @@ class _Rank:
         self._seat = Seat(
             rank=boot["rank"],
             world_size=boot["world_size"],
+            local_rank=boot["rank"],
+            local_size=boot["world_size"],
             payload=boot["payload"],
             timeout=timedelta(seconds=boot["exchange"]),
             observer=self._observe,

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.errors import OutputError, PeerError, UnsupportedError, UserError
+from vaepp_sdk.text import clean
 
 __all__ = ["ErrorRecord", "one_line", "read_record", "write_record"]
 
@@ -79,9 +80,8 @@ class ErrorRecord:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The first line of a text that says something, cut to a readable length."""
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    """The first line of a text that says something, safe to print and of a readable length."""
+    return clean(next((line.strip() for line in text.splitlines() if line.strip()), ""), limit)
 
 
 def write_record(record: ErrorRecord, path: Path) -> None:

@@ -54,21 +54,25 @@ def pick_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(seat: Seat, device: torch.device) -> None:
+def join(seat: Seat, device: torch.device) -> bool:
     """Make the job's process group, on NCCL for CUDA and gloo else; a single rank needs none.
 
     Every wait inside the group ends after the seat's timeout.
+
+    Returns:
+        Whether a group was made, for `leave` to take down; one that was there before stays.
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
 
     if seat.world_size == 1 or dist.is_initialized():
-        return
+        return False
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
+    if seat.local_size == seat.world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = None
     if seat.port is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = TCPStore(
             _LOOPBACK,
             seat.port,
@@ -86,3 +90,11 @@ def join(seat: Seat, device: torch.device) -> None:
         timeout=seat.timeout,
         device_id=device_id,
     )
+    return True
+
+
+def leave() -> None:
+    """Take down the process group that `join` made."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()

@@ -81,9 +81,7 @@ class Supervisor:
         self._command(self._close)
         if self._thread.ident is None:
             self._release()
-        elif (
-            threading.current_thread() is not self._thread
-        ):  # a finalizer may run in this one
+        elif threading.current_thread() is not self._thread:  # a finalizer may run in this one
             self._thread.join()
 
     def pids(self) -> list[int]:

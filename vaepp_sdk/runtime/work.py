@@ -25,6 +25,8 @@ class Seat:
     Attributes:
         rank: this rank.
         world_size: ranks in the job.
+        local_rank: this rank among those of its machine.
+        local_size: how many those are.
         payload: what the work is about, plain data, the same on every rank.
         timeout: the limit of one wait for another rank.
         observer: told of stages and steps.
@@ -34,6 +36,8 @@ class Seat:
 
     rank: int
     world_size: int
+    local_rank: int
+    local_size: int
     payload: Mapping[str, Any]
     timeout: timedelta
     observer: Observer

@@ -1,0 +1,147 @@
+"""`vaepp-run`: reads the command line, and turns errors into messages and exit codes.
+
+Exit codes: 0, 1 where the run failed, 2 for the user's mistake, 128 + signal where a signal ended it. A fault
+of vaepp's own shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+import vaepp_sdk
+from vaepp_sdk.cli.printing import complain
+from vaepp_sdk.errors import VaeppError, VaeppWarning
+
+__all__ = ["entry_point", "main"]
+
+
+class _SignalledError(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def entry_point() -> None:
+    """The console script."""
+    code = main(sys.argv[1:])
+    if "RANK" in os.environ and code:
+        # Under a launcher the other ranks may be gone: finalizers could wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    with _signals_raise(), _warnings_in_one_line():
+        try:
+            code: int = _command(options)
+        except VaeppError as error:
+            complain(str(error), *getattr(error, "__notes__", ()))
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except _SignalledError as error:
+            return 128 + error.number
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaepp-run",
+        description="Run a diffusion pipeline on several ranks, the VAE's work included.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("spec", nargs="?", help="the pipeline spec, a TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help='override one key of the spec, as in parallel.tensor_parallel_size=2 or call.prompt="a cat"',
+    )
+    parser.add_argument("--check", action="store_true", help="say what would run, and start nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no table: only the files")
+    parser.add_argument("--plugins", action="store_true", help="list plugins and what they register, as JSON")
+    parser.add_argument("--schema", action="store_true", help="print the spec's JSON schema, for editors")
+    parser.add_argument("--version", action="version", version=f"vaepp {vaepp_sdk.__version__}")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> int:
+    """Run the command that was asked for; each is imported at its use, so that all start fast."""
+    if options.plugins:
+        from vaepp_sdk.cli.plugins import list_plugins
+
+        return list_plugins()
+    if options.schema:
+        from vaepp_sdk.spec.schema import schema_text
+
+        print(schema_text(), end="")
+        return 0
+    if options.spec is None:
+        complain("which spec? Name a TOML file; --help lists what else there is")
+        return 2
+    if options.check:
+        from vaepp_sdk.cli.check import check
+
+        return check(options.spec, options.set, as_json=options.json)
+    from vaepp_sdk.cli.run import run
+
+    return run(options.spec, options.set, as_json=options.json, quiet=options.quiet)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the run in good order; one that is ignored, as under nohup, stays so."""
+
+    def raise_it(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise _SignalledError(number)
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, raise_it)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show vaepp's own warnings as the messages they are."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, VaeppWarning):
+            complain(f"warning: {message}")
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", VaeppWarning)
+        warnings.showwarning = show
+        yield

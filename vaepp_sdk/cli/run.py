@@ -1,0 +1,75 @@
+"""`vaepp-run pipeline.toml`: makes and saves the pictures of a spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import attrs
+
+from vaepp_sdk.cli.printing import safe, speaks, stage_rows, table
+from vaepp_sdk.cli.progress import Bars
+from vaepp_sdk.pipeline import Pipeline, Result
+from vaepp_sdk.spec import PipelineSpec
+
+__all__ = ["run"]
+
+_MIB = 2**20
+
+
+def run(source: str, overrides: Sequence[str], *, as_json: bool, quiet: bool) -> int:
+    """Run one spec from start to saved pictures.
+
+    Args:
+        source: the TOML file.
+        overrides: `table.key=value` each.
+        as_json: print one JSON object instead of the table.
+        quiet: draw no progress and print only the files.
+
+    Raises:
+        VaeppError: see `Pipeline`.
+    """
+    with (
+        Bars(quiet) as bars,
+        Pipeline.from_spec(_saving(source, overrides), on_event=bars.on_event) as pipeline,
+    ):
+        result = pipeline()
+    if not speaks():
+        return 0
+    if as_json:
+        print(json.dumps(_summary(result), indent=2))
+        return 0
+    if not quiet:
+        print(table(_table_rows(result)))
+        print()
+    for file in result.files:
+        print(safe(file))
+    return 0
+
+
+def _saving(source: str, overrides: Sequence[str]) -> PipelineSpec:
+    """The spec, with the default output folder where it names none: a command saves what it makes."""
+    spec = PipelineSpec.load(source, overrides)
+    if spec.output is not None:
+        return spec
+    return PipelineSpec.load(source, [*overrides, 'output.dir="out"'])
+
+
+def _summary(result: Result) -> dict[str, object]:
+    return {
+        "files": list(result.files),
+        "seed": result.seed,
+        "stages": [attrs.asdict(row) for row in stage_rows(result.stages)],
+        "notices": list(result.notices),
+    }
+
+
+def _table_rows(result: Result) -> list[dict[str, str]]:
+    rows = []
+    for row in stage_rows(result.stages):
+        cells = {
+            f"rank {rank} peak MiB": "-" if peak is None else f"{peak / _MIB:.0f}"
+            for rank, peak in enumerate(row.peak_bytes)
+        }
+        rows.append({"stage": row.stage, "seconds": f"{row.seconds:.2f}", **cells})
+    return rows

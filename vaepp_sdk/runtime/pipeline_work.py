@@ -1,0 +1,73 @@
+"""A rank's work on a pipeline: the executor, behind the runtime's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.registry import default_registry
+from vaepp_sdk.request import Request
+from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.runtime.rendezvous import join, leave, pick_device
+from vaepp_sdk.runtime.work import Answer, Seat
+
+if TYPE_CHECKING:
+    import torch
+
+    from vaepp_sdk.executor import Executor
+
+__all__ = ["PipelineWork"]
+
+
+class PipelineWork:
+    """Runs one pipeline on this rank; the payload is what `Resolved.to_dict` gave."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self._resolved = Resolved.from_dict(seat.payload, default_registry())
+        self._loading: list[StageEnd] = []
+        self._has_group = False
+        self._device: torch.device
+        self._executor: Executor
+
+    def join(self) -> None:
+        """See `RankWork.join`."""
+        wanted = self._resolved.spec.model.device
+        self._device = pick_device(wanted, self._seat.local_rank, self._seat.local_size)
+        self._has_group = join(self._seat, self._device)
+
+    def load(self) -> None:
+        """See `RankWork.load`."""
+        from vaepp_sdk.executor import Executor
+        from vaepp_sdk.parallel.group import DiTGroup
+
+        group = DiTGroup.create(self._resolved.dims, self._device)
+        self._executor = Executor(
+            self._resolved,
+            default_registry(),
+            group,
+            timeout=self._seat.timeout,
+            observer=self._observe,
+        )
+        self._executor.load()
+
+    def run(self, request: Mapping[str, Any]) -> Answer:
+        """See `RankWork.run`; the first answer's stages begin with those of loading."""
+        result = self._executor.run(Request.from_dict(request))
+        stages = [attrs.asdict(end) for end in (*self._loading, *result.stages)]
+        self._loading = []
+        value = {"files": list(result.files), "seed": result.seed, "stages": stages}
+        return Answer(value=value, pictures=result.images)
+
+    def close(self) -> None:
+        """See `RankWork.close`."""
+        if self._has_group:
+            leave()
+
+    def _observe(self, event: StageStart | StageEnd | Progress) -> None:
+        if isinstance(event, StageEnd) and event.request < 0:
+            self._loading.append(event)
+        self._seat.observer(event)
