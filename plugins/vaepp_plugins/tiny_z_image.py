@@ -1,7 +1,9 @@
-"""Builds a small random Z-Image checkpoint in diffusers format: `python -m vaepp_plugins.tiny_z_image FOLDER`.
+"""Builds a small random Z-Image checkpoint in diffusers format.
 
-It has every part of the real one (byte-level tokenizer, text encoder, transformer, VAE, scheduler) at a
-millionth of the size, so that demos and tests need no download. The pictures are abstract: nothing is trained.
+    python -m vaepp_plugins.tiny_z_image FOLDER
+
+It has every part of the real one (byte-level tokenizer, text encoder, transformer, VAE, scheduler) and next
+to no weights, so that demos and tests need no download. The pictures are abstract: nothing is trained.
 """
 
 from __future__ import annotations

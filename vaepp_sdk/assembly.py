@@ -1,0 +1,144 @@
+"""Builds one rank's diffusers pipeline: its slices of the transformer, everything else whole."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from vaepp_sdk.dit.loading import load_sharded
+from vaepp_sdk.dit.tensor import TensorGroup
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.parallel.group import DiTGroup
+from vaepp_sdk.resolve import Resolved
+
+__all__ = ["build_pipeline", "choose_device", "quiet_libraries"]
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank; the caller's process uses it from here on.
+
+    Args:
+        name: `auto`, `cuda` or `cpu`. With CUDA, LOCAL_RANK in the environment numbers the device.
+
+    Raises:
+        UnsupportedError: CUDA is asked for and not there, or this machine has fewer devices than ranks.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedError('model.device is "cuda" and torch sees no CUDA device; write "cpu" or "auto"')
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= count:
+        raise UnsupportedError(
+            f"rank {place} of this machine needs a CUDA device of its own and there are {count}; "
+            'start fewer ranks, or write model.device = "cpu"'
+        )
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
+
+
+def quiet_libraries(rank: int) -> None:
+    """Switch the libraries' progress bars off, and on ranks other than 0 what rank 0 says already."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if rank != 0:
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", module=r"(diffusers|transformers)\b")
+
+
+def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
+    """Load a pipeline onto this rank's device.
+
+    Every rank of the DiT group calls this; nothing is exchanged.
+
+    Raises:
+        UnsupportedError: the pipeline class or its weights are not such as can be loaded.
+    """
+    model = resolved.spec.model
+    pipeline_class = _pipeline_class(resolved)
+    _refuse_pickles(resolved.model_path)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    sharded = _sharded_components(resolved, group, dtype)
+    pipe = pipeline_class.from_pretrained(
+        resolved.model_path,
+        variant=model.variant,
+        use_safetensors=True,
+        local_files_only=True,
+        **{_dtype_argument(): dtype},
+        **sharded,
+    )
+    pipe.to(group.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _pipeline_class(resolved: Resolved) -> Any:
+    """The class, from its entry's module or from diffusers."""
+    module = importlib.import_module(resolved.entry.module) if resolved.entry else diffusers
+    found = getattr(module, resolved.pipeline_class, None)
+    if found is None:
+        raise UnsupportedError(
+            f"{module.__name__} {diffusers.__version__} has no {resolved.pipeline_class}; "
+            "upgrade diffusers, or install the plugin that brings it"
+            if module is diffusers
+            else f"{module.__name__} has no {resolved.pipeline_class}, which its entry names"
+        )
+    return found
+
+
+def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -> dict[str, Any]:
+    """This rank's part of the transformer under its component's name; nothing where it is not cut."""
+    tensor = TensorGroup.over(group.axis("tensor"))
+    if tensor.size == 1:
+        return {}
+    dit = resolved.entry.dit if resolved.entry else None
+    if dit is None or dit.tensor is None:
+        raise UnsupportedError(f"no plugin says how to split {resolved.pipeline_class} by tensors")
+    model = load_sharded(
+        _component_class(resolved.model_path, dit.component),
+        resolved.model_path / dit.component,
+        dit.tensor,
+        tensor,
+        dtype=dtype,
+        device=group.device,
+        variant=resolved.spec.model.variant,
+    )
+    return {dit.component: model}
+
+
+def _component_class(model_path: Path, component: str) -> Any:
+    library, name = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))[component]
+    found = getattr(diffusers, name, None) if library == "diffusers" else None
+    if found is None:
+        raise UnsupportedError(f"{component} is {library}.{name}; only models of diffusers can be split")
+    return found
+
+
+def _refuse_pickles(model_path: Path) -> None:
+    """Refuse components whose weights come as pickles alone: reading those runs code from the file."""
+    for folder in sorted(path for path in model_path.iterdir() if path.is_dir()):
+        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        pickled = [name for name in files if name.endswith(_PICKLED)]
+        if pickled and not any(name.endswith(".safetensors") for name in files):
+            raise UnsupportedError(
+                f"{folder} has its weights in {pickled[0]} only, and vaepp reads safetensors only; "
+                "save the model anew with save_pretrained(..., safe_serialization=True)"
+            )
+
+
+def _dtype_argument() -> str:
+    """The name of `from_pretrained`'s dtype argument: it changed in diffusers 0.40."""
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return "dtype" if release >= (0, 40) else "torch_dtype"

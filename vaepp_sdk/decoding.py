@@ -1,0 +1,160 @@
+"""The decode stage: the VAE as the spec wants it, and what it gives on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import torch
+
+from vaepp_sdk.entries import load_object
+from vaepp_sdk.errors import RankError, UnsupportedError
+from vaepp_sdk.parallel.group import DiTGroup
+from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.registry import Registry
+from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.vae.chooser import StrategyChooser
+from vaepp_sdk.vae.landing import Piece, ShardedSample
+from vaepp_sdk.vae.plan import Box, Output
+from vaepp_sdk.vae.wrapper import ParallelVAE
+
+__all__ = ["Decoder", "set_switches"]
+
+
+def set_switches(vae: Any, use_tiling: bool | None, use_slicing: bool) -> None:
+    """Set a VAE's own switches as the spec has them.
+
+    Raises:
+        UnsupportedError: the class has no such switch.
+    """
+    wanted = {"use_tiling": use_tiling, "use_slicing": use_slicing or None}
+    for name, value in wanted.items():
+        if value is None:
+            continue
+        if not hasattr(vae, name):
+            raise UnsupportedError(f"vae_{name} is set and {type(vae).__name__} cannot do it; leave it out")
+        setattr(vae, name, value)
+
+
+@attrs.define(eq=False)
+class Decoder:
+    """Decodes latents that all ranks of the DiT group hold.
+
+    Attributes:
+        vae: the VAE: the plain one, or the drop-in that spreads its work.
+        rank: this rank in the DiT group.
+        output: where pictures land.
+    """
+
+    vae: Any
+    rank: int
+    output: Output
+
+    @classmethod
+    def build(
+        cls,
+        vae: Any,
+        resolved: Resolved,
+        registry: Registry,
+        group: DiTGroup,
+        timeout: timedelta,
+        progress: Callable[[int, int], None],
+    ) -> Decoder:
+        """Prepare a VAE as a spec wants it; creates no process group.
+
+        Args:
+            vae: the pipeline's VAE; its switches are set.
+            resolved: what was decided.
+            registry: strategies and VAE classes.
+            group: the DiT group.
+            timeout: the limit of one wait for other ranks.
+            progress: told `(done, total)` as this rank works through its pieces.
+        """
+        settings = resolved.spec.vae
+        set_switches(vae, resolved.use_tiling, settings.vae_use_slicing)
+        # Checked when the spec was loaded, so the name is one of the three.
+        output: Output = settings.output  # type: ignore[assignment]
+        if resolved.vae_size > 1 and resolved.entry is not None:
+            entry = registry.vae(type(vae))
+            chooser = StrategyChooser(
+                registry,
+                settings.strategy,
+                resolved.entry.strategies,
+                resolved.entry.pick or entry.pick,
+                settings.options,
+            )
+            adapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
+            view = VaeGroup.over(None, resolved.vae_size, timeout)
+            view.progress = progress
+            vae = ParallelVAE(adapter, view, chooser, output)
+        return cls(vae, group.rank, output)
+
+    @property
+    def leaves_sharded(self) -> bool:
+        """Whether each rank keeps its own rectangles of the pictures."""
+        return isinstance(self.vae, ParallelVAE) and self.output == "sharded"
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> tuple[Piece, ...]:
+        """Decode, and check what came out.
+
+        Args:
+            latents: as the pipeline gives them to `vae.decode`, the same on every rank.
+
+        Returns:
+            What landed on this rank: one piece that is the whole picture, this rank's own rectangles where
+            the output stays sharded, or nothing.
+
+        Raises:
+            RankError: values that are not finite; names the rank that computed them and the region.
+        """
+        if not bool(torch.isfinite(latents).all()):
+            raise RankError(self.rank, "denoise", "the latents hold values that are not finite (NaN or Inf)")
+        if not isinstance(self.vae, ParallelVAE) and self.output != "all" and self.rank != 0:
+            return ()  # one rank does all the VAE's work, so its pictures are nowhere else
+        sample = self.vae.decode(latents, return_dict=False)[0]
+        if isinstance(sample, ShardedSample):
+            pieces = sample.pieces
+        else:
+            whole = Box(0, 0, sample.shape[-2], sample.shape[-1])
+            pieces = (Piece(whole, sample),) if sample.shape[0] else ()
+        for piece in pieces:
+            self._check_finite(piece)
+        return pieces
+
+    def _check_finite(self, piece: Piece) -> None:
+        bad = ~torch.isfinite(piece.tensor)
+        if not bool(bad.any()):
+            return
+        rows, columns = (
+            bad.flatten(0, -3).any(0).any(dim).nonzero().flatten() + offset
+            for dim, offset in ((1, piece.box.top), (0, piece.box.left))
+        )
+        region = Box(
+            int(rows[0]),
+            int(columns[0]),
+            int(rows[-1] - rows[0]) + 1,
+            int(columns[-1] - columns[0]) + 1,
+        )
+        makers = self._makers(region)
+        where = (
+            f"rows {region.top} to {region.top + region.height - 1}, "
+            f"columns {region.left} to {region.left + region.width - 1}"
+        )
+        by = f" (decoded by rank {', '.join(map(str, makers))})" if len(makers) > 1 else ""
+        cause = f"the picture has {int(bad.sum())} values that are not finite (NaN or Inf) in {where}{by}"
+        raise RankError(makers[0], "decode", f"{cause}; nothing was saved")
+
+    def _makers(self, region: Box) -> list[int]:
+        """The ranks whose windows touch a region."""
+        plan = self.vae.last_plan if isinstance(self.vae, ParallelVAE) else None
+        if plan is None:
+            return [self.rank]
+        return sorted({window.owner for window in plan.windows if _touch(window.target, region)})
+
+
+def _touch(one: Box, other: Box) -> bool:
+    rows = one.top < other.top + other.height and other.top < one.top + one.height
+    return rows and one.left < other.left + other.width and other.left < one.left + one.width

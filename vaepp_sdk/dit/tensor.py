@@ -1,0 +1,176 @@
+"""Tensor parallelism: each rank holds a slice of every planned linear layer.
+
+A column-wise layer holds some output features, so a row-wise layer behind it finds its own input features on
+the same rank; the row-wise layers' partial outputs are summed over the ranks. The sum is one collective, so
+every rank of the row holds the same bits after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from vaepp_sdk.entries import TensorPlan
+from vaepp_sdk.errors import PeerError, UnsupportedError
+
+__all__ = ["RowwiseLinear", "Shard", "TensorGroup", "shard_modules"]
+
+
+@attrs.frozen(eq=False)
+class TensorGroup:
+    """The ranks that hold the slices of one model, seen from one of them.
+
+    Attributes:
+        process_group: their process group; None where this rank is alone.
+        index: this rank's place among them.
+        size: how many they are.
+    """
+
+    process_group: dist.ProcessGroup | None
+    index: int
+    size: int
+
+    @classmethod
+    def over(cls, process_group: dist.ProcessGroup | None) -> TensorGroup:
+        """View a row of the tensor dimension, as `DiTGroup.axis("tensor")` gives it."""
+        if process_group is None:
+            return cls(None, 0, 1)
+        return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+    def sum(self, tensor: torch.Tensor, what: str) -> None:
+        """Add up `tensor` over the ranks, in place; all of them must call it.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        if self.size == 1:
+            return
+        try:
+            dist.all_reduce(tensor, group=self.process_group)
+        except RuntimeError as error:
+            rank = dist.get_rank()
+            peers = [peer for peer in dist.get_process_group_ranks(self.process_group) if peer != rank]
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PeerError(rank, peers, f"sum of {what}", cause) from error
+
+
+@attrs.frozen
+class Shard:
+    """The part of one stored weight that a rank holds.
+
+    Attributes:
+        dim: the dimension that is cut.
+        start: the first index held.
+        stop: the first index no longer held.
+    """
+
+    dim: Literal[0, 1]
+    start: int
+    stop: int
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The part as an index into the whole weight."""
+        own = slice(self.start, self.stop)
+        return (own,) if self.dim == 0 else (slice(None), own)
+
+
+class RowwiseLinear(nn.Linear):
+    """A linear layer over this rank's input features, whose outputs are summed over the ranks."""
+
+    def __init__(self, whole: nn.Linear, group: TensorGroup, name: str) -> None:
+        width = whole.in_features // group.size
+        super().__init__(width, whole.out_features, whole.bias is not None, device="meta")
+        self._group = group
+        self._name = name
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The whole layer's output, the same on every rank."""
+        output = F.linear(input, self.weight)
+        self._group.sum(output, self._name)
+        # Each rank holds the whole bias: added before the sum it would count once for every rank.
+        return output if self.bias is None else output + self.bias
+
+
+def shard_modules(model: nn.Module, plan: TensorPlan, group: TensorGroup) -> Mapping[str, Shard]:
+    """Replace a model's planned layers by this rank's slices of them, without weights.
+
+    Args:
+        model: the model, its weights on the meta device.
+        plan: which layers.
+        group: the ranks that share it.
+
+    Returns:
+        What this rank holds of each weight that is cut, by its name in the state dict.
+
+    Raises:
+        UnsupportedError: the model lacks a planned layer, or a width does not divide by the number of ranks.
+    """
+    shards: dict[str, Shard] = {}
+    for prefix, block in _blocks(model, plan):
+        for name in plan.colwise:
+            shards |= _cut_columns(model, f"{prefix}.{name}", group)
+        for name in plan.rowwise:
+            shards |= _cut_rows(model, f"{prefix}.{name}", group)
+        for name in plan.head_attributes:
+            _divide_attribute(block, prefix, name, group.size)
+    return shards
+
+
+def _blocks(model: nn.Module, plan: TensorPlan) -> Iterator[tuple[str, nn.Module]]:
+    for name in plan.blocks:
+        blocks = getattr(model, name, None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnsupportedError(
+                f"{type(model).__name__} has no list of blocks {name!r}; its plan names it"
+            )
+        for index, block in enumerate(blocks):
+            yield f"{name}.{index}", block
+
+
+def _cut_columns(model: nn.Module, name: str, group: TensorGroup) -> dict[str, Shard]:
+    whole = _linear(model, name)
+    width = _part(whole.out_features, f"the output width of {name}", group.size)
+    part = nn.Linear(whole.in_features, width, whole.bias is not None, device="meta")
+    model.set_submodule(name, part)
+    shard = Shard(0, group.index * width, (group.index + 1) * width)
+    return {f"{name}.weight": shard} | ({} if whole.bias is None else {f"{name}.bias": shard})
+
+
+def _cut_rows(model: nn.Module, name: str, group: TensorGroup) -> dict[str, Shard]:
+    whole = _linear(model, name)
+    width = _part(whole.in_features, f"the input width of {name}", group.size)
+    model.set_submodule(name, RowwiseLinear(whole, group, name))
+    return {f"{name}.weight": Shard(1, group.index * width, (group.index + 1) * width)}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        is_what = "missing" if found is None else f"a {type(found).__name__}"
+        raise UnsupportedError(f"{type(model).__name__}: {name} is {is_what}; its plan wants a linear layer")
+    return found
+
+
+def _divide_attribute(block: nn.Module, prefix: str, name: str, size: int) -> None:
+    path, _, attribute = name.rpartition(".")
+    owner = block.get_submodule(path)
+    setattr(owner, attribute, _part(getattr(owner, attribute), f"{prefix}.{name}", size))
+
+
+def _part(width: int, what: str, size: int) -> int:
+    if width % size:
+        fits = ", ".join(str(n) for n in range(2, width + 1) if width % n == 0)
+        raise UnsupportedError(
+            f"tensor_parallel_size={size} does not divide {what} ({width}); sizes that divide it: {fits}"
+        )
+    return width // size
