@@ -21,7 +21,7 @@ from benchmarks.cases import Case, measure
 from benchmarks.report import print_table, rows, save
 from vaepp_sdk.testing import run_ranks
 
-STRATEGIES = ("tile", "patch")
+STRATEGIES = ("tile", "patch", "shard")
 
 
 def gpu_cases(sizes: list[int], ranks: list[int], repeats: int) -> list[Case]:

@@ -17,7 +17,7 @@ from vaepp_sdk.registry import default_registry
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.plan import Work
 
-STRATEGIES = ("tile", "patch")
+STRATEGIES = ("tile", "patch", "shard")
 MIB = 2**20
 
 

@@ -13,7 +13,7 @@ from benchmarks.cases import Case, measure
 from benchmarks.report import print_table, rows, save
 from vaepp_sdk.testing import run_ranks
 
-STRATEGIES = ("tile", "patch")
+STRATEGIES = ("tile", "patch", "shard")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
