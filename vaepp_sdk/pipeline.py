@@ -36,7 +36,8 @@ class Result:
     """What one call of a pipeline gives.
 
     Attributes:
-        images: the pictures; under a launcher, those that landed on this rank.
+        images: the pictures, or every rank's pieces where the output is sharded; under a launcher, what
+            landed on this rank.
         files: where they were saved.
         seed: image i started from noise of `seed + i`.
         stages: what each rank did, by rank; the first call's begin with `load`.
@@ -140,7 +141,7 @@ class Pipeline:
 
     def _result(self, answers: Answers) -> Result:
         return Result(
-            images=tuple(answers.pictures),
+            images=tuple(image for pictures in answers.pictures for image in pictures),
             files=tuple(name for value in answers.values for name in value["files"]),
             seed=answers.values[0]["seed"],
             stages=tuple(tuple(StageEnd(**end) for end in value["stages"]) for value in answers.values),

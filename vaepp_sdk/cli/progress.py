@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vaepp_sdk.events import Progress, StageEnd, StageStart
 
@@ -24,7 +24,7 @@ class Bars:
 
     def __init__(self, quiet: bool) -> None:
         self._drawn = not quiet and sys.stderr.isatty()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     @property
     def on_event(self) -> Callable[[StageStart | StageEnd | Progress], None]:

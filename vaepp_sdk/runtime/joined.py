@@ -92,7 +92,7 @@ class JoinedRank:
             raise refusal
         if refusals:
             raise refusals[0].user_error()
-        return Answers([one["value"] for one in every], answer.pictures)
+        return Answers([one["value"] for one in every], [answer.pictures])
 
     def _agree(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Rank 0's request, which has the seed for all where none was asked for."""

@@ -45,11 +45,11 @@ class Answers:
 
     Attributes:
         values: each rank's plain data, by rank.
-        pictures: those that landed on rank 0.
+        pictures: what each rank handed over, by rank; under a launcher, this rank's only.
     """
 
     values: Sequence[Mapping[str, Any]]
-    pictures: Sequence[Image]
+    pictures: Sequence[Sequence[Image]]
 
 
 @attrs.frozen

@@ -60,12 +60,18 @@ class PipelineWork:
         stages = [attrs.asdict(end) for end in (*self._loading, *result.stages)]
         self._loading = []
         value = {"files": list(result.files), "seed": result.seed, "stages": stages}
-        return Answer(value=value, pictures=result.images)
+        return Answer(value=value, pictures=result.images if self._hands_over else ())
 
     def close(self) -> None:
         """See `RankWork.close`."""
         if self._has_group:
             leave()
+
+    @property
+    def _hands_over(self) -> bool:
+        """Pictures that landed on every rank are the same: a parent is given rank 0's, and pieces of all."""
+        in_place = self._seat.port is None
+        return in_place or self._seat.rank == 0 or self._resolved.spec.vae.output == "sharded"
 
     def _observe(self, event: StageStart | StageEnd | Progress) -> None:
         if isinstance(event, StageEnd) and event.request < 0:

@@ -121,9 +121,7 @@ class _Rank:
             record = ErrorRecord.of(error, self._seat.rank, self._slot.read().stage)
             self._channel.send({"kind": "refused", "record": record.to_dict()})
             return
-        # Pictures that landed on every rank are the same; the parent takes rank 0's.
-        pictures = answer.pictures if self._seat.rank == 0 else ()
-        headers = write_pictures(self._pictures_fd, pictures)
+        headers = write_pictures(self._pictures_fd, answer.pictures)
         self._channel.send({"kind": "answer", "value": dict(answer.value), "pictures": headers})
 
     def _observe(self, event: StageStart | StageEnd | Progress) -> None:

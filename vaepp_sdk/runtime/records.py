@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.errors import OutputError, PeerError, UnsupportedError, UserError
+from vaepp_sdk.errors import OutputError, PeerError, RankError, UnsupportedError, UserError
 from vaepp_sdk.text import clean
 
 __all__ = ["ErrorRecord", "one_line", "read_record", "write_record"]
@@ -55,12 +55,16 @@ class ErrorRecord:
     def of(cls, error: BaseException, rank: int, stage: str) -> ErrorRecord:
         """Describe an exception."""
         trace = "".join(traceback.format_exception(error))
+        name, message = type(error).__name__, str(error)
+        if isinstance(error, RankError):  # it says already where it happened
+            stage = error.stage
+            name, _, message = error.cause.partition(": ")
         return cls(
             rank=rank,
             stage=stage,
             kind=_kind(error),
-            name=type(error).__name__,
-            message=str(error),
+            name=name,
+            message=message,
             trace=trace,
             time=time.monotonic_ns(),
         )

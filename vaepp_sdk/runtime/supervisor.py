@@ -204,7 +204,10 @@ class Supervisor:
     def _settle(self) -> None:
         """All ranks have answered: the request is served, or refused by all, or the group is in doubt."""
         ordered = [self._answers[rank.rank] for rank in self._ranks]
-        pictures = read_pictures(self._ranks[0].pictures_fd, ordered[0].get("pictures", []))
+        pictures = [
+            read_pictures(rank.pictures_fd, answer.get("pictures", []))
+            for rank, answer in zip(self._ranks, ordered, strict=True)
+        ]
         refusals = [ErrorRecord(**one["record"]) for one in ordered if one["kind"] == "refused"]
         if not refusals:
             self.news.put(Answers([one["value"] for one in ordered], pictures))

@@ -51,7 +51,7 @@ class Answer:
 
     Attributes:
         value: plain data.
-        pictures: those that landed on this rank.
+        pictures: those to hand over.
     """
 
     value: Mapping[str, Any] = attrs.field(factory=dict)
