@@ -120,7 +120,8 @@ def _placed(spec: PipelineSpec, places: Mapping[str, str]) -> PipelineSpec:
 
 def _product_faults(tables: Mapping[str, Any]) -> list[Fault]:
     """The number of ranks the sizes ask for together, where each size alone is fine."""
-    parallel, _ = structure(tables.get("parallel") or {}, ParallelSpec)
+    sizes = tables.get("parallel")
+    parallel, _ = structure(sizes, ParallelSpec) if isinstance(sizes, Mapping) else (None, [])
     if parallel is None or parallel.dims.dit_parallel_size <= MAX_RANKS:
         return []
     ranks = parallel.dims.dit_parallel_size

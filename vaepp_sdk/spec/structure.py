@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -34,10 +35,8 @@ def structure(raw: Mapping[str, Any], cls: type[ClassT]) -> tuple[ClassT | None,
     Returns:
         The object and no fault, or None and every fault.
     """
-    converter = Converter(detailed_validation=True, forbid_extra_keys=True)
-    _register(converter, cls)
     try:
-        return converter.structure(raw, cls), []
+        return _converter(cls).structure(raw, cls), []
     except ClassValidationError as error:
         return None, list(_faults(error, "$", cls, _homes(cls)))
 
@@ -53,8 +52,16 @@ def unknown_key(path: str, key: object, known: Iterable[str], home: str | None =
     """
     if key == "trust_remote_code":
         return Fault(key_path(path, key), "code from a model repository is asked for", _NO_CODE)
-    fix = f"it belongs in [{home}]" if home else nearest(str(key)[:100], known)
+    fix = f"it belongs in [{home}]" if home else nearest(key[:100] if isinstance(key, str) else "", known)
     return Fault(key_path(path, key), "there is no such key", fix)
+
+
+@functools.cache
+def _converter(cls: type) -> Converter:
+    """A converter that knows one spec class; cattrs writes and compiles code for it, so it is kept."""
+    converter = Converter(detailed_validation=True, forbid_extra_keys=True)
+    _register(converter, cls)
+    return converter
 
 
 def _register(converter: Converter, cls: type) -> None:
@@ -157,7 +164,7 @@ def _faults(error: ClassValidationError, path: str, cls: type, homes: Mapping[st
 def _extra_faults(
     error: ForbiddenExtraKeysError, path: str, cls: type, homes: Mapping[str, str]
 ) -> Iterable[Fault]:
-    extra = sorted(error.extra_fields, key=str)
+    extra = sorted(error.extra_fields, key=shown)
     for key in extra[:_MAX_UNKNOWN]:
         yield unknown_key(path, key, keys(cls), homes.get(key))
     if len(extra) > _MAX_UNKNOWN:
