@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -105,6 +107,10 @@ def _strike(kind: str, rank: int) -> None:
         os._exit(3)
     if kind == "sleep":
         time.sleep(3600)
+    if kind == "hold":
+        re.match(r"(a|a)*b", "a" * 60)  # backtracks for years, in C, with the interpreter's lock held
+    if kind == "helper":
+        subprocess.Popen(["sleep", "3600"])
     if kind == "warn":
         warnings.warn("a light warning", VaeppWarning, stacklevel=1)
         warnings.warn("not ours", RuntimeWarning, stacklevel=1)

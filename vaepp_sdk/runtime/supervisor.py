@@ -251,8 +251,7 @@ class Supervisor:
     def _end(self) -> Ended:
         """End every rank and say how the job ended."""
         error = self._judge() if self._trigger else None
-        if self._now or error or not all(rank.ended() for rank in self._ranks):
-            end_all(self._ranks)
+        end_all(self._ranks)  # those that have left may have left children
         if error or self._now:
             if error and not isinstance(error, UserError):
                 error.add_note(f"the logs of all ranks are in {self._folder.path}")

@@ -1,0 +1,49 @@
+"""What is left of a job, asked of the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def alive(session: int) -> list[int]:
+    """Processes of a session that still run; a rank's session has its process id."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(sessions: Iterable[int], seconds: float) -> list[int]:
+    """Processes of these sessions that are left after so many seconds."""
+    limit = time.monotonic() + seconds
+    while left := [pid for session in sessions for pid in alive(session)]:
+        if time.monotonic() > limit:
+            return left
+        time.sleep(0.02)
+    return []
+
+
+def listeners(pids: Iterable[int]) -> set[str]:
+    """The addresses, in hexadecimal, on which processes listen for TCP."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1].rpartition(":")[0])
+    return found
