@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.trace import LayerTrace, trace_layers
@@ -16,7 +17,7 @@ from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 __all__ = ["KLAdapter"]
 
 
-class KLAdapter:
+class KLAdapter(VaeAdapter):
     """Adapts an AutoencoderKL; its tile geometry is that of diffusers' `tiled_decode` and `_tiled_encode`."""
 
     def __init__(self, vae: Any) -> None:

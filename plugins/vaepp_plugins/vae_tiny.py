@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 
+from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.trace import LayerTrace, trace_layers
@@ -16,7 +17,7 @@ from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 __all__ = ["TinyAdapter"]
 
 
-class TinyAdapter:
+class TinyAdapter(VaeAdapter):
     """Adapts an AutoencoderTiny.
 
     Its own tiling blends with masks of its own and is not known here. Clamping and scaling stand inside its

@@ -10,7 +10,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.plan import Work
 
-__all__ = ["Span", "lay_tiles", "replaced_facts"]
+__all__ = ["Span", "lay_frames", "lay_tiles", "replaced_facts"]
 
 
 @attrs.frozen
@@ -18,12 +18,13 @@ class Span:
     """One tile along one axis.
 
     Attributes:
-        start: its first input row or column.
-        length: its input rows or columns, clipped at the edge.
-        out: its output rows or columns.
+        start: its first input row, column or frame.
+        length: its input rows, columns or frames, clipped at the edge.
+        out: its output rows, columns or frames.
         kept: how many of them stay in the whole output.
         place: where they start there.
         blend: how many are blended with the tile before; 0 for the first.
+        skip: how many output frames before `out` are dropped.
     """
 
     start: int
@@ -32,6 +33,7 @@ class Span:
     kept: int
     place: int
     blend: int
+    skip: int = 0
 
 
 def replaced_facts(facts: VaeFacts, tile_size: int | None, overlap: float | None) -> VaeFacts:
@@ -79,39 +81,53 @@ def _replaced(
             f"the tiling of {facts.vae_class} has no overlap factor; leave the options out"
         )
     own_out = (grid.keep[0] + grid.blend[0], grid.keep[1] + grid.blend[1])
-    return TileGrid.overlapping(
+    replaced = TileGrid.overlapping(
         (tile, tile) if tile else grid.tile, (out_tile, out_tile) if out_tile else own_out, overlap
     )
+    return attrs.evolve(replaced, broken=grid.broken)
 
 
 def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
     """The rows and columns of tiles for one piece of work; one tile where the VAE's tiling does not fire.
 
     Raises:
-        UnsupportedError: the VAE's tiling is not known, makes no progress, or leaves a tile without output.
+        UnsupportedError: the VAE's tiling is not known, fails in diffusers itself, makes no progress, or
+            leaves a tile that the VAE cannot take.
     """
     grid = facts.tiles(work.direction)
     if grid is None:
         raise UnsupportedError(f"the tiling of {facts.vae_class} is not known; choose another strategy")
-    fires = facts.tiling_fires(work.direction, work.shape)
-    return _axis(facts, work, grid, 0, fires), _axis(facts, work, grid, 1, fires)
+    fires = facts.cuts_sides(work.direction, work.shape)
+    if fires and grid.broken:
+        raise UnsupportedError(f"{facts.vae_class} cannot {work.direction} in tiles: {grid.broken}")
+    rows, columns = _axis(facts, work, grid, 0, fires), _axis(facts, work, grid, 1, fires)
+    least = min(span.length for span in (*rows, *columns))
+    if work.direction == "decode" and least < facts.least_latents:
+        raise UnsupportedError(
+            f"{facts.vae_class} cannot decode a window of {least} latents along a side, which latents of "
+            f"{work.shape[-2]} x {work.shape[-1]} lead to: it takes {facts.least_latents} or more; "
+            "change the size or the tiles"
+        )
+    return rows, columns
 
 
 def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -> tuple[Span, ...]:
-    side = work.shape[axis - 2]
-    tile, step = (grid.tile[axis], grid.step[axis]) if fires else (side, side)
+    side, ratio = work.shape[axis - 2], facts.spatial_ratio
+    if not fires:
+        size = facts.out_length(work.direction, side)
+        return (Span(0, side, size, size, 0, 0),)
+    tile, step = grid.tile[axis], grid.step[axis]
     if step < 1 or grid.keep[axis] < 1:
-        raise UnsupportedError(
-            f"tiles of {tile} with an overlap factor of {grid.overlap} advance by {step}; "
-            f"make the tiles larger, or the factor at most {1 - 1 / max(tile, 1):g}"
-        )
+        factor = f" with an overlap factor of {grid.overlap}" if grid.overlap is not None else ""
+        remedy = f"the factor must be at most {1 - 1 / tile:g}" if factor else "choose a larger step"
+        raise UnsupportedError(f"tiles of {tile}{factor} advance by {step}; {remedy}")
 
     def out(length: int) -> int:
-        return facts.out_length(work.direction, length)
+        padded = -(-length // facts.encode_unit) * facts.encode_unit if grid.pads else length
+        return facts.out_length(work.direction, padded)
 
-    if not fires:
-        return (Span(0, side, out(side), out(side), 0, 0),)
-    spans = _spans(side, tile, step, grid.blend[axis], grid.keep[axis], out)
+    limit = (side * ratio if work.direction == "decode" else side // ratio) if grid.crops else None
+    spans = _spans(side, tile, step, grid.blend[axis], grid.keep[axis], out, limit)
     if spans[-1].out < 1:
         raise UnsupportedError(
             f"the last tile of a side of {side} has {spans[-1].length}, less than one latent of "
@@ -122,23 +138,56 @@ def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -
 
 
 def _spans(
-    side: int, tile: int, step: int, blend: int, keep: int, out: Callable[[int], int]
+    side: int, tile: int, step: int, blend: int, keep: int, out: Callable[[int], int], limit: int | None
 ) -> tuple[Span, ...]:
     spans: list[Span] = []
     for start in range(0, side, step):
         length = min(tile, side - start)
         size = out(length)
         before = spans[-1] if spans else None
+        # Kept parts are laid end to end: where roundings make a step and a kept part differ, the whole
+        # output is as much larger or smaller as diffusers' is.
+        place = before.place + before.kept if before else 0
+        if limit is not None and place >= limit:
+            break  # nothing of this tile, nor of a later one, would stay
         spans.append(
             Span(
                 start=start,
                 length=length,
                 out=size,
-                kept=min(size, keep),
-                # Kept parts are laid end to end: where roundings make a step and a kept part differ, the
-                # whole output is as much larger or smaller as diffusers' is.
-                place=before.place + before.kept if before else 0,
+                kept=min(size, keep, size if limit is None else limit - place),
+                place=place,
                 blend=max(0, min(before.out, size, blend)) if before else 0,
             )
         )
+    return tuple(spans)
+
+
+def lay_frames(facts: VaeFacts, work: Work) -> tuple[Span, ...]:
+    """The windows of frames of a clip that the VAE cuts in time; none where it runs in one piece.
+
+    Raises:
+        UnsupportedError: the windows make no progress, or hold frames that the VAE cannot take.
+    """
+    grid = facts.tiles(work.direction)
+    if grid is None or grid.time is None or not facts.cuts_frames(work.direction, work.shape):
+        return ()
+    cut, frames = grid.time, work.shape[2]
+    if cut.step < 1 or cut.keep < 1:
+        raise UnsupportedError(
+            f"windows of {cut.tile} frames of {facts.vae_class} advance by {cut.step}; choose a larger step"
+        )
+    limit = facts.out_frames(work.direction, frames)
+    spans: list[Span] = []
+    for start in range(0, frames, cut.step):
+        first = not spans
+        length = min(cut.tile + 1, frames - start)
+        size = facts.out_frames(work.direction, length) - (0 if first else 1)
+        place = 0 if first else spans[-1].place + spans[-1].kept
+        kept = min(size, cut.keep + (1 if first else 0), limit - place)
+        if kept < 1:
+            break  # a last window of one frame, or what follows the whole clip
+        skip = 0 if first or cut.drops == "last" else 1
+        blend = 0 if first else max(0, min(spans[-1].out, size, cut.blend))
+        spans.append(Span(start, length, size, kept, place, blend, skip))
     return tuple(spans)

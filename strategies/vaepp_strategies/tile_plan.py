@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,7 @@ from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan
 from vaepp_strategies.tile_deal import deal
-from vaepp_strategies.tile_geometry import Span, lay_tiles
+from vaepp_strategies.tile_geometry import Span, lay_frames, lay_tiles
 
 __all__ = ["Seam", "TilePlan", "plan_tiles"]
 
@@ -23,8 +24,9 @@ class Seam:
     Attributes:
         first: the earlier tile's window index.
         second: the later tile's window index.
-        dim: -2 where the later tile stands below, -1 where it stands to the right.
-        extent: the rows or columns blended.
+        dim: -2 where the later tile stands below, -1 where it stands to the right, -3 where it is the same
+            tile of the next window of frames.
+        extent: the rows, columns or frames blended.
     """
 
     first: int
@@ -39,16 +41,25 @@ class TilePlan(WorkPlan):
 
     diffusers blends tile after tile in row-major order, each with the finished tile above, then with the
     finished tile to its left. Nothing else is read, so all tiles of one level, row + column, can be blended
-    at the same time once the level before is finished.
+    at the same time once the level before is finished. A clip that is cut in time has every tile once in each
+    window of frames; the windows are joined last, what is kept of a tile with the same tile of the window
+    before.
 
     Attributes:
         rows: the tiles' rows, each a span.
         columns: the tiles' columns, each a span.
-        crossings: the seams between tiles of different owners, by level of the earlier tile.
+        times: the windows of frames, each a span; none where time is not cut.
+        tiled: whether rows and columns are cut.
+        grain: how many neighbouring rows or columns share one weight of the blend.
+        crossings: the seams between tiles of different owners, by level of the earlier tile, then by window
+            of frames.
     """
 
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
+    times: tuple[Span, ...]
+    tiled: bool
+    grain: int
     crossings: tuple[tuple[Seam, ...], ...]
 
     @property
@@ -58,21 +69,48 @@ class TilePlan(WorkPlan):
 
     def level(self, index: int) -> int:
         """The level of one tile."""
-        return sum(divmod(index, len(self.columns)))
+        return sum(self._place(index)[1:])
+
+    def time(self, index: int) -> int:
+        """The window of frames of one tile."""
+        return self._place(index)[0]
 
     def seams_into(self, index: int) -> Iterator[Seam]:
         """The seams with the tile above and the tile to the left, in the order in which they are blended."""
-        return _seams_into(index, self.rows, self.columns)
+        _, row, column = self._place(index)
+        if self.rows[row].blend:
+            yield Seam(index - len(self.columns), index, -2, self.rows[row].blend)
+        if self.columns[column].blend:
+            yield Seam(index - 1, index, -1, self.columns[column].blend)
+
+    def time_seams(self, time: int) -> tuple[Seam, ...]:
+        """The seams of one window of frames with the window before it."""
+        tiles, extent = len(self.rows) * len(self.columns), self.times[time].blend
+        if not extent:
+            return ()
+        return tuple(
+            Seam(index - tiles, index, -3, extent) for index in range(time * tiles, (time + 1) * tiles)
+        )
 
     def tile_shape(self, index: int) -> tuple[int, ...]:
-        """The output shape of one tile before it is cropped."""
-        row, column = divmod(index, len(self.columns))
-        return (*self.out_shape[:-2], self.rows[row].out, self.columns[column].out)
+        """The output shape of one tile before it is cropped, but for dropped frames."""
+        time, row, column = self._place(index)
+        front = (*self.out_shape[:2], self.times[time].out) if self.times else self.out_shape[:-2]
+        return (*front, self.rows[row].out, self.columns[column].out)
 
     def strip_shape(self, seam: Seam) -> tuple[int, ...]:
         """The shape of what the later tile's owner needs of the earlier tile."""
-        *front, height, width = self.tile_shape(seam.first)
-        return (*front, seam.extent, width) if seam.dim == -2 else (*front, height, seam.extent)
+        shape = list(self.tile_shape(seam.first))
+        if seam.dim == -3:  # by then, rows and columns are cropped
+            shape[-2:] = self.windows[seam.first].target.shape_in(self.out_shape)[-2:]
+        shape[seam.dim] = seam.extent
+        return tuple(shape)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """A tile's window of frames, row and column; tiles are numbered in this order."""
+        rest, column = divmod(index, len(self.columns))
+        time, row = divmod(rest, len(self.rows))
+        return time, row, column
 
 
 def plan_tiles(facts: VaeFacts, work: Work) -> TilePlan:
@@ -82,48 +120,58 @@ def plan_tiles(facts: VaeFacts, work: Work) -> TilePlan:
         UnsupportedError: the geometry cannot be laid.
     """
     rows, columns = lay_tiles(facts, work)
-    owners = deal([row.length * column.length for row in rows for column in columns], work.ranks)
+    times = lay_frames(facts, work)
+    grid = facts.tiles(work.direction)
+    assert grid is not None  # else no tiles were laid
+    tiles = [
+        _boxes(time, row, column) for time, row, column in itertools.product(times or (None,), rows, columns)
+    ]
+    owners = deal([source.volume for source, _ in tiles], work.ranks)
     windows = tuple(
-        _window(index, owner, rows[index // len(columns)], columns[index % len(columns)])
-        for index, owner in enumerate(owners)
+        Window(index, owner, *boxes) for index, (owner, boxes) in enumerate(zip(owners, tiles, strict=True))
     )
-    sides = (rows[-1].place + rows[-1].kept, columns[-1].place + columns[-1].kept)
+    front = facts.out_front(work.direction, work.shape)
+    if times:
+        front = (*front[:2], _end(times))
     plan = TilePlan(
         strategy="tile",
         work=work,
         windows=windows,
-        out_shape=(*facts.out_shape(work.direction, work.shape)[:-2], *sides),
+        out_shape=(*front, _end(rows), _end(columns)),
         moves=(),
         peak_bytes=(),
         rows=rows,
         columns=columns,
-        crossings=_crossings(rows, columns, owners),
+        times=times,
+        tiled=facts.cuts_sides(work.direction, work.shape),
+        grain=grid.grain,
+        crossings=(),
     )
+    plan = attrs.evolve(plan, crossings=_crossings(plan))
     return attrs.evolve(plan, moves=_moves(plan), peak_bytes=_peaks(plan, facts))
 
 
-def _window(index: int, owner: int, row: Span, column: Span) -> Window:
-    source = Box(row.start, column.start, row.length, column.length)
-    return Window(index, owner, source, Box(row.place, column.place, row.kept, column.kept))
+def _boxes(time: Span | None, row: Span, column: Span) -> tuple[Box, Box]:
+    """What one tile reads, and what is kept of it."""
+    read = (time.start, time.length) if time else None
+    kept = (time.place, time.kept) if time else None
+    source = Box(row.start, column.start, row.length, column.length, read)
+    return source, Box(row.place, column.place, row.kept, column.kept, kept)
 
 
-def _seams_into(index: int, rows: Sequence[Span], columns: Sequence[Span]) -> Iterator[Seam]:
-    row, column = divmod(index, len(columns))
-    if rows[row].blend:
-        yield Seam(index - len(columns), index, -2, rows[row].blend)
-    if columns[column].blend:
-        yield Seam(index - 1, index, -1, columns[column].blend)
+def _end(spans: Sequence[Span]) -> int:
+    """The whole output's length along one axis."""
+    return spans[-1].place + spans[-1].kept
 
 
-def _crossings(
-    rows: Sequence[Span], columns: Sequence[Span], owners: Sequence[int]
-) -> tuple[tuple[Seam, ...], ...]:
-    levels: list[list[Seam]] = [[] for _ in range(len(rows) + len(columns) - 1)]
-    for index in range(len(owners)):
-        for seam in _seams_into(index, rows, columns):
-            if owners[seam.first] != owners[seam.second]:
-                levels[sum(divmod(seam.first, len(columns)))].append(seam)
-    return tuple(tuple(level) for level in levels)
+def _crossings(plan: TilePlan) -> tuple[tuple[Seam, ...], ...]:
+    groups: list[list[Seam]] = [[] for _ in range(plan.levels)]
+    for window in plan.windows:
+        for seam in plan.seams_into(window.index):
+            groups[plan.level(seam.first)].append(seam)
+    groups += [list(plan.time_seams(time)) for time in range(1, len(plan.times))]
+    owner = [window.owner for window in plan.windows]
+    return tuple(tuple(seam for seam in group if owner[seam.first] != owner[seam.second]) for group in groups)
 
 
 def _moves(plan: TilePlan) -> tuple[Move, ...]:
@@ -135,7 +183,7 @@ def _moves(plan: TilePlan) -> tuple[Move, ...]:
     )
     pieces = {window.index: plan.piece_bytes(window) for window in plan.windows}
     work = plan.work
-    return seams + landing_moves(plan.windows, pieces, work.output, work.world_size, plan.levels)
+    return seams + landing_moves(plan.windows, pieces, work.output, work.world_size, len(plan.crossings))
 
 
 def _peaks(plan: TilePlan, facts: VaeFacts) -> tuple[int, ...]:
@@ -147,7 +195,7 @@ def _peak(plan: TilePlan, facts: VaeFacts, rank: int) -> int:
     owned = plan.owned(rank)
     tiles = sum(_nbytes(plan, plan.tile_shape(window.index)) for window in owned)
     pixels = max((_pixels(plan, window) for window in owned), default=0)
-    values = int(plan.work.shape[0] * pixels * facts.peak_values_per_pixel)
+    values = int(plan.work.shape[0] * pixels * facts.peak_values_per_pixel * _frames_at_once(plan, facts))
     landed = plan.work.output == "all" or (plan.work.output == "rank0" and rank == 0)
     whole = _nbytes(plan, plan.out_shape) if landed else 0
     pieces = sum(plan.piece_bytes(window) for window in owned)
@@ -159,6 +207,15 @@ def _pixels(plan: TilePlan, window: Window) -> int:
     if plan.work.direction == "encode":
         return window.source.area
     return math.prod(plan.tile_shape(window.index)[-2:])
+
+
+def _frames_at_once(plan: TilePlan, facts: VaeFacts) -> int:
+    """How many pictures one window works on at a time."""
+    if not facts.temporal_ratio:
+        return 1
+    shape = plan.work.shape if plan.work.direction == "encode" else plan.out_shape
+    frames = max(window.source.frames[1] if window.source.frames else shape[2] for window in plan.windows)
+    return min(frames, facts.frames_at_once or frames)
 
 
 def _nbytes(plan: TilePlan, shape: Sequence[int]) -> int:

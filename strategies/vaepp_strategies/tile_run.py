@@ -45,12 +45,14 @@ class TileStrategy:
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: TilePlan) -> Landed:
         """See `Strategy.decode`."""
+        adapter = adapter.on_tiles() if plan.tiled else adapter
         pieces = _pieces(adapter.decode_window, latent, group, plan)
         finished = {index: adapter.finish_decode(piece) for index, piece in pieces.items()}
         return land(finished, group, plan, latent.dtype, latent.device)
 
     def encode(self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: TilePlan) -> Landed:
         """See `Strategy.encode`."""
+        adapter = adapter.on_tiles() if plan.tiled else adapter
         pieces = _pieces(adapter.encode_window, picture, group, plan)
         return land(pieces, group, plan, picture.dtype, picture.device)
 
@@ -63,7 +65,9 @@ def _pieces(
     owned = plan.owned(group.rank)
     tiles: Tiles = {}
     for done, window in enumerate(owned, start=1):
-        tiles[window.index] = run_window(value[(..., *window.source.slices)])
+        tiles[window.index] = _without_dropped(
+            run_window(value[(..., *window.source.index)]), window.index, plan
+        )
         group.progress(done, len(owned))
     by_level: list[list[Window]] = [[] for _ in range(plan.levels)]
     for window in owned:
@@ -78,7 +82,29 @@ def _pieces(
             pieces[window.index] = _kept(tiles.pop(window.index), window)
     for window in by_level[-1]:
         pieces[window.index] = _kept(tiles.pop(window.index), window)
+    _join_times(pieces, value, group, plan)
     return pieces
+
+
+def _without_dropped(tile: torch.Tensor, index: int, plan: TilePlan) -> torch.Tensor:
+    """The output frames of one tile that take part in the joining of windows of frames."""
+    if not plan.times:
+        return tile
+    span = plan.times[plan.time(index)]
+    return tile.narrow(-3, span.skip, span.out)
+
+
+def _join_times(pieces: Tiles, like: torch.Tensor, group: VaeGroup, plan: TilePlan) -> None:
+    """Blend what is kept of each tile with the same tile of the window of frames before; then crop it."""
+    for time in range(1, len(plan.times)):
+        strips = _passed_on(pieces, plan.levels + time - 1, like, group, plan)
+        for seam in plan.time_seams(time):
+            if seam.second in pieces:
+                strip = strips[seam] if seam in strips else _strip(pieces[seam.first], seam)
+                blend_into(strip, pieces[seam.second], seam.dim)
+    for window in plan.owned(group.rank) if plan.times else ():
+        frames = plan.times[plan.time(window.index)].kept
+        pieces[window.index] = pieces[window.index].narrow(-3, 0, frames).contiguous()
 
 
 def _blend(windows: Sequence[Window], tiles: Tiles, strips: Strips, plan: TilePlan) -> None:
@@ -93,11 +119,11 @@ def _blend(windows: Sequence[Window], tiles: Tiles, strips: Strips, plan: TilePl
     for window in windows:
         for seam in plan.seams_into(window.index):
             strip = strips[seam] if seam in strips else _strip(tiles[seam.first], seam)
-            blend_into(strip, tiles[window.index], seam.dim)
+            blend_into(strip, tiles[window.index], seam.dim, plan.grain)
 
 
 def _passed_on(tiles: Tiles, level: int, like: torch.Tensor, group: VaeGroup, plan: TilePlan) -> Strips:
-    """Send the strips of a finished level to the ranks that read them; returns those that arrive here."""
+    """Send the strips of a finished level, or window of frames, to their readers; returns what arrives."""
     sends: list[Send] = []
     recvs: list[Recv] = []
     arrived: Strips = {}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import attrs
 
-from vaepp_sdk.vae.trace import LayerTrace
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.vae.frames import Direction, FirstFrameAlone, FrameRule, TimeTiles
+
+if TYPE_CHECKING:
+    # It traces with torch, and facts are read where torch is not imported.
+    from vaepp_sdk.vae.trace import LayerTrace
 
 __all__ = ["Direction", "TileGrid", "VaeFacts"]
-
-Direction = Literal["decode", "encode"]
 
 
 @attrs.frozen(kw_only=True)
@@ -25,6 +28,13 @@ class TileGrid:
         keep: how much of each tile's output stays after blending, in output units.
         overlap: the part of a tile that its neighbour covers too, where the class states its geometry so;
             None for classes that state steps.
+        above: the sides above which tiling fires, in input units; None where that is the tile's size.
+        grain: how many neighbouring output rows or columns share one weight of the blend: the patch size of
+            a class that blends before it spreads patches over pixels.
+        crops: True where the joined output is cropped to the size of the untiled one.
+        pads: True where tiles are padded to whole latents before they are encoded.
+        broken: why the class's own tiling fails in this direction; empty where it works.
+        time: how long clips are cut first, or None where they are not.
     """
 
     tile: tuple[int, int]
@@ -32,6 +42,12 @@ class TileGrid:
     blend: tuple[int, int]
     keep: tuple[int, int]
     overlap: float | None = None
+    above: tuple[int, int] | None = None
+    grain: int = 1
+    crops: bool = False
+    pads: bool = False
+    broken: str = ""
+    time: TimeTiles | None = None
 
     @classmethod
     def overlapping(cls, tile: tuple[int, int], out_tile: tuple[int, int], overlap: float) -> TileGrid:
@@ -72,6 +88,10 @@ class VaeFacts:
         decode_layers: the layers that one decode calls, or None where the adapter does not say.
         encode_layers: those of one encode, likewise.
         encode_rounds_up: whether encode keeps an incomplete last latent row or column, or drops it.
+        encode_unit: encode takes only sides that are multiples of this.
+        least_latents: the smallest side of a latent that decode takes.
+        frames: how many frames come out; None is `FirstFrameAlone(temporal_ratio)`.
+        frames_at_once: output frames that one decode works on at a time, for estimates; 0 is all of them.
     """
 
     vae_class: str
@@ -87,6 +107,10 @@ class VaeFacts:
     decode_layers: LayerTrace | None = None
     encode_layers: LayerTrace | None = None
     encode_rounds_up: bool = False
+    encode_unit: int = 1
+    least_latents: int = 1
+    frames: FrameRule | None = None
+    frames_at_once: int = 0
 
     def tiles(self, direction: Direction) -> TileGrid | None:
         """The tiling of one direction, or None where it is not known."""
@@ -97,31 +121,57 @@ class VaeFacts:
         return self.decode_layers if direction == "decode" else self.encode_layers
 
     def tiling_fires(self, direction: Direction, shape: Sequence[int]) -> bool:
-        """Whether the VAE itself would tile an input of this shape: tiling on, and a side above the tile."""
+        """Whether the VAE itself would cut an input of this shape, in space or in time."""
+        return self.cuts_sides(direction, shape) or self.cuts_frames(direction, shape)
+
+    def cuts_sides(self, direction: Direction, shape: Sequence[int]) -> bool:
+        """Whether the VAE itself would cut rows and columns: tiling on, and a side above the limit."""
         grid = self.tiles(direction)
         if not self.use_tiling or grid is None:
             return False
-        return shape[-2] > grid.tile[0] or shape[-1] > grid.tile[1]
+        rows, columns = grid.above or grid.tile
+        return shape[-2] > rows or shape[-1] > columns
+
+    def cuts_frames(self, direction: Direction, shape: Sequence[int]) -> bool:
+        """Whether the VAE itself would cut a clip in time, which does not depend on its tiling switch."""
+        grid = self.tiles(direction)
+        return grid is not None and grid.time is not None and shape[2] > grid.time.tile
 
     def out_length(self, direction: Direction, length: int) -> int:
-        """Output units along one spatial side for `length` input units, untiled."""
+        """Output units along one spatial side for `length` input units, untiled.
+
+        Raises:
+            UnsupportedError: the VAE cannot take a side of this length.
+        """
         if direction == "decode":
             return length * self.spatial_ratio
+        if length % self.encode_unit:
+            near = length - length % self.encode_unit
+            raise UnsupportedError(
+                f"{self.vae_class} cannot encode a side of {length} pixels: it takes multiples of "
+                f"{self.encode_unit}; nearest: {near or self.encode_unit} or {near + self.encode_unit}"
+            )
         return -(-length // self.spatial_ratio) if self.encode_rounds_up else length // self.spatial_ratio
+
+    def out_frames(self, direction: Direction, frames: int) -> int:
+        """Frames of the output for `frames` of the input, in one piece.
+
+        Raises:
+            UnsupportedError: the VAE cannot take this many.
+        """
+        rule = self.frames or FirstFrameAlone(self.temporal_ratio)
+        return rule.out_frames(direction, frames)
 
     def out_channels(self, direction: Direction) -> int:
         """Channels of the output: a picture's for decode, the moments' for encode."""
         return self.picture_channels if direction == "decode" else self.moment_channels
 
+    def out_front(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...]:
+        """The output's `(batch, channels, [frames])` for an input of this shape."""
+        frames = tuple(self.out_frames(direction, count) for count in shape[2:-2])
+        return (shape[0], self.out_channels(direction), *frames)
+
     def out_shape(self, direction: Direction, shape: Sequence[int]) -> tuple[int, ...]:
         """The untiled output's shape for an input `(batch, channels, [frames,] rows, columns)`."""
         sides = (self.out_length(direction, shape[-2]), self.out_length(direction, shape[-1]))
-        return (shape[0], self.out_channels(direction), *self._frames(direction, shape[2:-2]), *sides)
-
-    def _frames(self, direction: Direction, frames: Sequence[int]) -> tuple[int, ...]:
-        """The frame axis of the output: the first frame alone, then `temporal_ratio` pictures a latent."""
-        if not frames:
-            return ()
-        if direction == "decode":
-            return (1 + (frames[0] - 1) * self.temporal_ratio,)
-        return (1 + (frames[0] - 1) // self.temporal_ratio,)
+        return (*self.out_front(direction, shape), *sides)

@@ -21,7 +21,7 @@ class Piece:
 
     Attributes:
         box: where it stands in the whole output.
-        tensor: `(batch, channels, [frames,] box.height, box.width)`.
+        tensor: `(batch, channels, [frames,] box.height, box.width)`; frames are the box's where it names any.
     """
 
     box: Box
@@ -150,11 +150,11 @@ def _unpack(sample: torch.Tensor, buffer: torch.Tensor, plan: WorkPlan, owner: i
     windows = plan.owned(owner)
     sizes = [math.prod(plan.piece_shape(window)) for window in windows]
     for window, end, size in zip(windows, itertools.accumulate(sizes), sizes, strict=True):
-        sample[(..., *window.target.slices)] = buffer[end - size : end].view(plan.piece_shape(window))
+        sample[(..., *window.target.index)] = buffer[end - size : end].view(plan.piece_shape(window))
 
 
 def _unpack_pieces(
     sample: torch.Tensor, pieces: Mapping[int, torch.Tensor], plan: WorkPlan, rank: int
 ) -> None:
     for window in plan.owned(rank):
-        sample[(..., *window.target.slices)] = pieces[window.index]
+        sample[(..., *window.target.index)] = pieces[window.index]

@@ -25,12 +25,21 @@ EVERYONE = -1
 
 @attrs.frozen
 class Box:
-    """A rectangle of rows and columns."""
+    """A rectangle of rows and columns, through all frames or through some of them.
+
+    Attributes:
+        top: its first row.
+        left: its first column.
+        height: its rows.
+        width: its columns.
+        frames: its first frame and how many; None is all of them, or no frame axis.
+    """
 
     top: int
     left: int
     height: int
     width: int
+    frames: tuple[int, int] | None = None
 
     @property
     def area(self) -> int:
@@ -38,9 +47,28 @@ class Box:
         return self.height * self.width
 
     @property
+    def volume(self) -> int:
+        """Rows times columns, times its frames where it names them."""
+        return self.area * (self.frames[1] if self.frames else 1)
+
+    @property
     def slices(self) -> tuple[slice, slice]:
         """The rectangle as row and column slices."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        """Slices of a tensor's last three axes, as in `tensor[(..., *box.index)]`.
+
+        Where the box names no frames the first takes all, be it of frames or, in a picture, of channels.
+        """
+        frames = slice(None) if self.frames is None else slice(self.frames[0], sum(self.frames))
+        return frames, *self.slices
+
+    def shape_in(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The shape of this part of a tensor of shape `(batch, channels, [frames,] rows, columns)`."""
+        front = tuple(whole[:-2]) if self.frames is None else (*whole[:-3], self.frames[1])
+        return (*front, self.height, self.width)
 
 
 @attrs.frozen
@@ -126,8 +154,8 @@ class WorkPlan:
         return tuple(window for window in self.windows if window.owner == rank)
 
     def cost(self, rank: int) -> int:
-        """The input area one rank works through, context included."""
-        return sum(window.source.area for window in self.owned(rank))
+        """The input rows times columns times frames one rank works through, context included."""
+        return sum(window.source.volume for window in self.owned(rank))
 
     def bytes_sent(self, rank: int | None = None) -> int:
         """Bytes one rank sends, or all ranks together; a broadcast counts once for each receiver."""
@@ -140,7 +168,7 @@ class WorkPlan:
 
     def piece_shape(self, window: Window) -> tuple[int, ...]:
         """The shape of one window's part of the output."""
-        return (*self.out_shape[:-2], window.target.height, window.target.width)
+        return window.target.shape_in(self.out_shape)
 
     def piece_bytes(self, window: Window) -> int:
         """The size of one window's part of the output."""
