@@ -13,12 +13,14 @@ from torch import nn
 
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.attention import shared_attention
+from vaepp_strategies.layers.band_attention import band_attention
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution, convolution_window
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
-from vaepp_strategies.layers.reach import NO_ROWS
+from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
+from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_steps import ShardStep, visible_calls
 
 __all__ = ["SHARD_LAYERS", "band_forwards", "refused_layers"]
@@ -60,13 +62,20 @@ def _downsample_block(layer: Downsample2D) -> str | None:
     return None if (kernel, stride) == ((3, 3), (2, 2)) else f"its kernel {kernel} and stride {stride}"
 
 
+def _attention(layer: Attention) -> str | None:
+    for name in ("to_q", "to_k", "to_v"):
+        if type(getattr(layer, name)) is not nn.Linear:
+            return f"its {name} is a {type(getattr(layer, name)).__name__}"
+    return KNOWN_LAYERS[Attention](layer)
+
+
 SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     nn.Conv2d: _convolution,
     nn.GroupNorm: KNOWN_LAYERS[nn.GroupNorm],
     nn.Upsample: _upsample,
     Upsample2D: _upsample_block,
     Downsample2D: _downsample_block,
-    Attention: KNOWN_LAYERS[Attention],
+    Attention: _attention,
 }
 """Layers replaced on a band, each with its check; others must work position by position."""
 
@@ -78,7 +87,7 @@ def refused_layers(trace: LayerTrace, vae: nn.Module) -> list[str]:
 
 
 def band_forwards(
-    trace: LayerTrace, vae: nn.Module, bands: Bands, steps: tuple[ShardStep, ...]
+    trace: LayerTrace, vae: nn.Module, bands: Bands, plan: ShardPlan
 ) -> Mapping[nn.Module, Forward]:
     """What every layer runs on this rank's band instead of its own forward.
 
@@ -86,28 +95,32 @@ def band_forwards(
         trace: the calls of the decode or encode.
         vae: the VAE.
         bands: this rank's band.
-        steps: what layers exchange.
+        plan: what layers exchange and give.
     """
-    by_name = {step.name: step for step in steps}
+    steps, given = {step.name: step for step in plan.steps}, dict(plan.given)
     outer = {call.inside for call in trace.calls}
     found: dict[nn.Module, Forward] = {}
     for index, call in visible_calls(trace):
         layer = vae.get_submodule(call.name)
-        forward = _forward(layer, call.name, bands, by_name.get(call.name), leaf=index not in outer)
+        step, give = steps.get(call.name), given.get(call.name, NO_ROWS)
+        forward = _forward(layer, call.name, bands, step, give) or (
+            band_pointwise(layer, bands) if index not in outer else None
+        )
         if forward is not None:
             found[layer] = forward
     return found
 
 
-def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, leaf: bool) -> Forward | None:
-    """One layer's forward on a band; None for one that only calls others."""
+def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, give: Reach) -> Forward | None:
+    """One layer's forward on a band; None for one that works position by position, or only calls others."""
     reach = NO_ROWS if step is None else step.reach
     if isinstance(layer, nn.GroupNorm):
         assert step is not None, "every normalisation exchanges"
         return band_group_norm(layer, bands, reach, step.scale)
     if isinstance(layer, nn.Conv2d):
-        pointwise = convolution_window(layer, bands.axis).pointwise
-        return band_pointwise(layer, bands) if pointwise else band_convolution(layer, bands, name)
+        if convolution_window(layer, bands.axis).pointwise:
+            return None
+        return band_convolution(layer, bands, name, give)
     if isinstance(layer, nn.Upsample):
         return band_upsample(layer, bands, reach, name)
     if isinstance(layer, Upsample2D):
@@ -115,5 +128,6 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, leaf: 
     if isinstance(layer, Downsample2D):
         return band_downsample(layer, bands, name)
     if isinstance(layer, Attention):
-        return shared_attention(layer, bands)
-    return band_pointwise(layer, bands) if leaf else None
+        assert step is not None, "every attention exchanges"
+        return band_attention(layer, bands, step.scale) if step.groups else shared_attention(layer, bands)
+    return None

@@ -28,11 +28,13 @@ class ShardPlan(WorkPlan):
     Attributes:
         parts: the active ranks' bands, in input units.
         steps: what layers exchange, in order; empty where one rank does all the work.
+        given: rows around a layer's output that a later layer reads, by the layer's name.
         input_reach: rows around a band of the input that its first layer reads.
     """
 
     parts: Parts
     steps: tuple[ShardStep, ...]
+    given: tuple[tuple[str, Reach], ...]
     input_reach: Reach
 
 
@@ -69,6 +71,7 @@ def plan_shards(facts: VaeFacts, work: Work) -> ShardPlan:
         peak_bytes=_peaks(parts, facts, work),
         parts=parts,
         steps=exchanges.steps if len(parts.parts) > 1 else (),
+        given=exchanges.given,
         input_reach=exchanges.input_reach,
     )
     return attrs.evolve(plan, moves=_moves(plan))
@@ -124,12 +127,11 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     """The size of one rank's message to another in one exchange."""
     batch, itemsize = plan.work.shape[0], plan.work.itemsize
     across = plan.parts.rows(plan.work.shape[-1 if plan.parts.axis == -2 else -2], step.scale)
-    if step.kind == "keys and values":
-        positions = plan.parts.core_length(source, step.scale) * across
-        return 2 * batch * positions * step.width * itemsize
     # The reader below needs this band's last rows, as those above it; the reader above its first ones.
     rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
-    return batch * (rows * step.channels * across * itemsize + step.width * _MOMENT_BYTES)
+    positions = plan.parts.core_length(source, step.scale) * across if step.width else 0
+    values = rows * across * step.channels + positions * step.width
+    return batch * (values * itemsize + step.groups * _MOMENT_BYTES)
 
 
 def _peaks(parts: Parts, facts: VaeFacts, work: Work) -> tuple[int, ...]:

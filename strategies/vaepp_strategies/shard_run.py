@@ -88,14 +88,15 @@ def _band(
     band = value[(..., *window.source.slices)].contiguous()
     if plan.input_reach:
         bands.carry(band, _input_halo(value, plan, group.rank))
-    with swapped(band_forwards(trace, adapter.vae, bands, plan.steps)):
+    with swapped(band_forwards(trace, adapter.vae, bands, plan)):
         return window_call(band)
 
 
 def _input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:
     """The rows around this rank's band of the input, which every rank holds."""
     axis, part, reach = plan.parts.axis, plan.parts.parts[rank], plan.input_reach
-    end = part.start + part.length
-    above = value.narrow(axis, part.start - reach.above, reach.above) if part.start else None
-    below = value.narrow(axis, end, reach.below) if end < value.shape[axis] else None
+    start, end = part.start, part.start + part.length
+    first, last = max(0, start - reach.above), min(value.shape[axis], end + reach.below)
+    above = value.narrow(axis, first, start - first) if start else None
+    below = value.narrow(axis, end, last - end) if end < value.shape[axis] else None
     return Halo(above, below)

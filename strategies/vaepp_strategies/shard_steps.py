@@ -14,7 +14,7 @@ from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Win
 
 __all__ = ["COVERING", "ShardStep", "ShardSteps", "shard_steps", "visible_calls"]
 
-StepKind = Literal["halo", "statistics", "keys and values"]
+StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions"]
 
 COVERING = ("Attention", "Downsample2D")
 """Layers replaced as a whole: of what they call, only normalisations are looked at."""
@@ -33,7 +33,8 @@ class ShardStep:
         scale: the resolution of the layer's input.
         channels: channels of the rows exchanged with neighbours.
         reach: the neighbours' rows that are fetched.
-        width: groups of the normalisation, or features of a key; else 0.
+        groups: groups of the normalisation whose statistics are exchanged.
+        width: values of each own position that every other rank gets.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ShardStep:
     scale: Scale
     channels: int = 0
     reach: Reach = NO_ROWS
+    groups: int = 0
     width: int = 0
 
 
@@ -50,10 +52,12 @@ class ShardSteps:
 
     Attributes:
         steps: in the order in which they happen.
+        given: rows around a layer's output that a later layer reads, by the layer's name.
         input_reach: rows around a band of the input that its first layer reads; every rank holds the input.
     """
 
     steps: tuple[ShardStep, ...]
+    given: tuple[tuple[str, Reach], ...]
     input_reach: Reach
 
     @property
@@ -73,27 +77,50 @@ def shard_steps(trace: LayerTrace) -> ShardSteps:
         UnsupportedError: a layer is called twice and needs different rows each time.
     """
     own, given = _requests(trace)
+    _refuse_varying(trace, own, given)
     found = []
     for index, call in visible_calls(trace):
-        step = _step(trace, index, call, own.get(index, given.get(index, NO_ROWS)), index in own)
+        step = _step(trace, index, call, own.get(index, NO_ROWS))
         if step is not None:
             found.append((_moment(trace, index), step))
     steps = tuple(step for _, step in sorted(found, key=lambda item: item[0]))
-    for step in steps:
-        if any(other.name == step.name and other.reach != step.reach for other in steps):
+    convolutions = ((trace.calls[at].name, reach) for at, reach in given.items() if at != INPUT)
+    return ShardSteps(steps=steps, given=tuple(convolutions), input_reach=given.get(INPUT, NO_ROWS))
+
+
+def _refuse_varying(trace: LayerTrace, own: Mapping[int, Reach], given: Mapping[int, Reach]) -> None:
+    """Refuse a layer that is called several times and handles other rows each time."""
+    first: dict[str, tuple[Reach | None, Reach | None]] = {}
+    for index, call in visible_calls(trace):
+        rows = own.get(index), given.get(index)
+        if first.setdefault(call.name, rows) != rows:
             raise UnsupportedError(
-                f"strategy 'shard' cannot serve {step.name}: its calls need different rows"
+                f"strategy 'shard' cannot serve {call.name}: its calls need different rows"
             )
-    return ShardSteps(steps=steps, input_reach=given.get(INPUT, NO_ROWS))
 
 
 def visible_calls(trace: LayerTrace) -> Iterator[tuple[int, LayerCall]]:
-    """Every call and its index, less those that a covering layer makes, except for normalisations."""
+    """Every call and its index, less those that a layer replaced as a whole makes.
+
+    Attention that exchanges keys and values still calls its normalisation, which exchanges on its own.
+    """
     for index, call in enumerate(trace.calls):
-        if call.kind == "GroupNorm" or not any(
-            trace.calls[outer].kind in COVERING for outer in _enclosing(trace, index)
-        ):
+        covering = [at for at in _enclosing(trace, index) if trace.calls[at].kind in COVERING]
+        own_norm = call.kind == "GroupNorm" and not any(_own_groups(trace, at) for at in covering)
+        if not covering or own_norm:
             yield index, call
+
+
+def _own_groups(trace: LayerTrace, index: int) -> int:
+    """The groups of the normalisation in a single-head attention, which `band_attention` replaces; else 0.
+
+    Any other attention exchanges keys and values, after a normalisation that exchanges on its own.
+    """
+    call = trace.calls[index]
+    if call.kind != "Attention" or call.setting("heads") != 1:
+        return 0
+    inner = (other for other in trace.calls[index + 1 :] if other.inside == index)
+    return next((int(norm.setting("num_groups")) for norm in inner if norm.kind == "GroupNorm"), 0)
 
 
 def _enclosing(trace: LayerTrace, index: int) -> Iterator[int]:
@@ -105,7 +132,7 @@ def _enclosing(trace: LayerTrace, index: int) -> Iterator[int]:
 
 
 def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
-    """Rows that calls fetch for themselves, and rows that calls (or the input) fetch for later ones."""
+    """Rows that calls fetch from neighbours, and rows that calls (or the input) have for later ones."""
     own: dict[int, Reach] = {}
     given: dict[int, Reach] = {}
     # Readers before givers, so that a giver's own need is complete when it asks further up.
@@ -113,7 +140,7 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
         reach = _needed(call, given.get(index, NO_ROWS))
         if not reach:
             continue
-        giver = _giver(trace, index)
+        giver = _giver(trace, index, reach)
         if giver is None:
             own[index] = reach
         else:
@@ -124,28 +151,55 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
 def _needed(call: LayerCall, given: Reach) -> Reach:
     """The rows around its input that a call needs, where it must give the rows `given` around its output."""
     if call.kind == "Conv2d":
-        return call_window(call).reach
+        return call_window(call).reach + given
     if call.kind == "Downsample2D":
         return DOWNSAMPLE_WINDOW.reach
     if call.kind in ("Upsample", "Upsample2D"):
         return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
-    return NO_ROWS
+    return given
 
 
-def _giver(trace: LayerTrace, index: int) -> int | None:
-    """The call that can fetch rows for this one, `INPUT`, or None where this one must fetch them itself."""
-    call = trace.calls[index]
-    if call.source == UNKNOWN and call.inside >= 0 and trace.calls[call.inside].kind == "Upsample2D":
-        return call.inside
-    source = call.source
+def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:
+    """The call that has rows for this one, `INPUT`, or None where this one must fetch them itself."""
+    source = _source(trace, index)
     while source >= 0:
         call = trace.calls[source]
-        if call.kind in _GIVERS:
+        if call.kind in _GIVERS or _gives_for_nothing(trace, source, reach):
             return source
         if not _passes_through(trace, source):
             return None
         source = call.source
     return INPUT if source == INPUT else None
+
+
+def _source(trace: LayerTrace, index: int) -> int:
+    """Where a call's input comes from; `Upsample2D` interpolates before it calls its convolution."""
+    call = trace.calls[index]
+    upsamples = call.inside >= 0 and trace.calls[call.inside].kind == "Upsample2D"
+    return call.inside if upsamples and call.source == UNKNOWN else call.source
+
+
+def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
+    """Whether a convolution can compute rows beyond its band without another message or byte.
+
+    It can where it reads the input, which every rank holds, and where it reads an upsampled picture whose
+    halo, fetched before upsampling, reaches far enough.
+    """
+    call = trace.calls[index]
+    if call.kind != "Conv2d" or call_window(call).stride != 1 or call_window(call).pointwise:
+        return False
+    source = _source(trace, index)
+    while source >= 0 and trace.calls[source].kind not in _GIVERS:
+        if not _passes_through(trace, source):
+            return False
+        source = trace.calls[source].source
+    if source < 0:
+        return source == INPUT
+    giver = trace.calls[source]
+    if giver.kind not in ("Upsample", "Upsample2D"):
+        return False
+    factor, own = giver.out_shape[-2] // giver.in_shape[-2], call_window(call).reach
+    return rows_before(own + reach, factor) == rows_before(own, factor)
 
 
 def _passes_through(trace: LayerTrace, index: int) -> bool:
@@ -163,18 +217,22 @@ def call_window(call: LayerCall) -> Window:
     return Window(call.setting("kernel_size")[0], call.setting("stride")[0], padding, padding)
 
 
-def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach, fetches: bool) -> ShardStep | None:
+def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> ShardStep | None:
+    """What a call exchanges, or None; `reach` is what it fetches itself."""
     scale = _scale(trace, index)
     channels = call.in_shape[1] if reach else 0
     if call.kind == "GroupNorm":
         groups = int(call.setting("num_groups"))
         return ShardStep(
-            name=call.name, kind="statistics", scale=scale, channels=channels, reach=reach, width=groups
+            name=call.name, kind="statistics", scale=scale, channels=channels, reach=reach, groups=groups
         )
     if call.kind == "Attention":
-        width = int(call.setting("inner_kv_dim"))
-        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=width)
-    if fetches:
+        groups, width = _own_groups(trace, index), int(call.setting("inner_kv_dim"))
+        if groups:
+            kind: StepKind = "statistics and positions"
+            return ShardStep(name=call.name, kind=kind, scale=scale, groups=groups, width=call.in_shape[1])
+        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=2 * width)
+    if reach:
         return ShardStep(name=call.name, kind="halo", scale=scale, channels=channels, reach=reach)
     return None
 

@@ -26,13 +26,13 @@ def band_group_norm(
     Args:
         norm: the layer.
         bands: this rank's band.
-        reach: the rows that the layers behind the norm need.
+        reach: the rows that ride; none where an earlier layer gave those around the input.
         scale: the resolution of its input.
     """
 
     def forward(values: torch.Tensor) -> torch.Tensor:
         mine = moments(values, norm.num_groups)
-        everyone, halo = bands.gather_with_rows(mine, values, reach, "normalisation statistics")
+        everyone, riding = bands.gather_with_rows(mine, values, reach, "normalisation statistics")
         per_position = norm.num_channels // norm.num_groups
         counts = [area * per_position for area in bands.areas(values, scale)]
         mean, variance = merge_moments(counts, everyone)
@@ -40,8 +40,10 @@ def band_group_norm(
         def normalise(rows: torch.Tensor) -> torch.Tensor:
             return apply_statistics(norm, rows, mean, variance)
 
+        carried = bands.carried(values)
+        halo = riding if carried is None else carried
         result = normalise(values)
-        if reach:
+        if reach or carried is not None:
             bands.carry(result, halo.mapped(normalise))
         return result
 

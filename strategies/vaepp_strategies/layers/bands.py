@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -134,6 +135,34 @@ class Bands(Exchange):
             for rank in range(self.ranks)
         ]
         return everyone, Halo(above, below)
+
+    def gather_with_bands(
+        self, mine: torch.Tensor, band: torch.Tensor, shapes: Sequence[tuple[int, ...]], what: str
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Everyone's small tensor of one shape and dtype, and everyone's band, in one message.
+
+        Args:
+            mine: this rank's small tensor; at least as wide a dtype as `band`'s.
+            band: what this rank holds, contiguous.
+            shapes: the shape of every rank's band.
+            what: names the exchange in errors.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        head = _bytes(mine)
+        message = torch.cat([head, _bytes(band)])
+        peers = [peer for peer in range(self.ranks) if peer != self.group.rank]
+        size = {peer: head.numel() + math.prod(shapes[peer]) * band.element_size() for peer in peers}
+        found = {peer: head.new_empty(size[peer]) for peer in peers}
+        sends = [Send(message, peer) for peer in peers]
+        self.group.exchange(sends, [Recv(found[peer], peer) for peer in peers], what)
+        found[self.group.rank] = message
+        heads = [found[rank][: head.numel()].view(mine.dtype).view(mine.shape) for rank in range(self.ranks)]
+        bands = [
+            found[rank][head.numel() :].view(band.dtype).view(shape) for rank, shape in enumerate(shapes)
+        ]
+        return heads, bands
 
     @property
     def _neighbours(self) -> list[int]:

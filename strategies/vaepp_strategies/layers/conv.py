@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vaepp_strategies.layers.bands import Bands, Halo
-from vaepp_strategies.layers.reach import Window
+from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
 __all__ = ["band_convolution", "convolution_window", "convolve_band", "convolve_rows"]
 
@@ -43,40 +43,82 @@ def convolve_rows(convolution: nn.Conv2d, rows: torch.Tensor, axis: int) -> torc
 
 
 def convolve_band(
-    band: torch.Tensor, halo: Halo, axis: int, window: Window, whole: Convolve, rows: Convolve
-) -> torch.Tensor:
+    band: torch.Tensor,
+    halo: Halo,
+    axis: int,
+    window: Window,
+    whole: Convolve,
+    rows: Convolve,
+    give: Reach = NO_ROWS,
+) -> tuple[torch.Tensor, Halo]:
     """Convolve a band as part of the whole picture.
 
     Args:
         band: this rank's rows, at least as many as the window's reach.
-        halo: the neighbours' rows around them.
+        halo: the neighbours' rows around them: those of the window's reach, and `give` more.
         axis: the split axis.
         window: the convolution along that axis.
         whole: convolves a tensor with zero padding on all sides.
         rows: convolves without padding along the split axis.
+        give: rows beyond the band to compute as well; only where the stride is 1.
+
+    Returns:
+        The band's output, and the rows of `give` around it.
     """
-    own = band.shape[axis]
-    top = -(-window.reach.above // window.stride)
-    bottom = -(-window.reach.below // window.stride)
+    length, reach = band.shape[axis], window.reach
+    top, bottom = -(-reach.above // window.stride), -(-reach.below // window.stride)
     top_rows = (top - 1) * window.stride - window.lead + window.kernel
-    bottom_rows = (bottom - 1) * window.stride + window.kernel - window.reach.below
-    if own < max(top_rows, bottom_rows):
-        return rows(_padded(band, halo, axis, window))
+    bottom_rows = (bottom - 1) * window.stride + window.kernel - reach.below
+    if length < max(top_rows, bottom_rows):
+        return _convolve_short(band, halo, axis, window, rows, give)
     out = whole(band)
     above, below = halo.rows()
+    beyond_above = beyond_below = None
     if above is not None:
-        strip = torch.cat([_last(above, axis, window.reach.above), band.narrow(axis, 0, top_rows)], axis)
-        out.narrow(axis, 0, top).copy_(rows(strip))
+        strip = [_nearest(above, axis, reach.above + give.above, -1), band.narrow(axis, 0, top_rows)]
+        seam = rows(torch.cat(strip, axis))
+        out.narrow(axis, 0, top).copy_(last_rows(seam, axis, top))
+        beyond_above = seam.narrow(axis, 0, give.above)
     if below is not None:
-        strip = torch.cat([_last(band, axis, bottom_rows), below.narrow(axis, 0, window.reach.below)], axis)
-        _last(out, axis, bottom).copy_(rows(strip))
-    return out
+        strip = [last_rows(band, axis, bottom_rows), _nearest(below, axis, reach.below + give.below, 1)]
+        seam = rows(torch.cat(strip, axis))
+        last_rows(out, axis, bottom).copy_(seam.narrow(axis, 0, bottom))
+        beyond_below = last_rows(seam, axis, give.below)
+    return out, Halo(beyond_above, beyond_below)
+
+
+def _convolve_short(
+    band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach
+) -> tuple[torch.Tensor, Halo]:
+    """Convolve a band too short for its seams to be told apart; its copy is as short."""
+    above, below = halo.rows()
+
+    if above is None:
+        before, first = _zeros(band, axis, window.lead), 0
+    else:
+        before, first = _nearest(above, axis, window.reach.above + give.above, -1), give.above
+    if below is None:
+        after, last = _zeros(band, axis, window.trail), 0
+    else:
+        after, last = _nearest(below, axis, window.reach.below + give.below, 1), give.below
+    wide = rows(torch.cat([before, band, after], axis))
+    out = wide.narrow(axis, first, wide.shape[axis] - first - last).contiguous()
+    beyond_above = None if above is None else wide.narrow(axis, 0, first)
+    beyond_below = None if below is None else last_rows(wide, axis, last)
+    return out, Halo(beyond_above, beyond_below)
 
 
 def band_convolution(
-    convolution: nn.Conv2d, bands: Bands, name: str
+    convolution: nn.Conv2d, bands: Bands, name: str, give: Reach
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for `convolution` that works on this rank's band of the picture."""
+    """A forward for `convolution` that works on this rank's band of the picture.
+
+    Args:
+        convolution: the layer.
+        bands: this rank's band.
+        name: names the exchange in errors.
+        give: rows beyond the band that a later layer reads of its output.
+    """
     axis = bands.axis
     window = convolution_window(convolution, axis)
 
@@ -88,24 +130,32 @@ def band_convolution(
 
     def forward(values: torch.Tensor) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, window.reach, name)
-        return convolve_band(values, halo, axis, window, whole, rows)
+        out, beyond = convolve_band(values, halo, axis, window, whole, rows, give)
+        if give:
+            bands.carry(out, beyond)
+        return out
 
     return forward
 
 
-def _padded(band: torch.Tensor, halo: Halo, axis: int, window: Window) -> torch.Tensor:
-    """A band too short for its seams to be told apart, between its neighbours' rows or zero padding."""
-    above, below = halo.rows()
+def _nearest(halo: torch.Tensor, axis: int, count: int, side: int) -> torch.Tensor:
+    """The rows of a halo nearest to the band, above it (-1) or below it (1).
 
-    def zeros(count: int) -> torch.Tensor:
-        shape = list(band.shape)
-        shape[axis] = count
-        return band.new_zeros(shape)
-
-    before = zeros(window.lead) if above is None else _last(above, axis, window.reach.above)
-    after = zeros(window.trail) if below is None else below.narrow(axis, 0, window.reach.below)
-    return torch.cat([before, band, after], axis)
+    Where the picture ends before `count` rows, zero padding follows, as it does for the whole picture.
+    """
+    missing = count - halo.shape[axis]
+    if missing > 0:
+        padding = _zeros(halo, axis, missing)
+        return torch.cat([padding, halo] if side < 0 else [halo, padding], axis)
+    return last_rows(halo, axis, count) if side < 0 else halo.narrow(axis, 0, count)
 
 
-def _last(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:
+def _zeros(like: torch.Tensor, axis: int, count: int) -> torch.Tensor:
+    shape = list(like.shape)
+    shape[axis] = count
+    return like.new_zeros(shape)
+
+
+def last_rows(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:
+    """The last rows of a tensor, as a view."""
     return values.narrow(axis, values.shape[axis] - count, count)

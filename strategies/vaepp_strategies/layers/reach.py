@@ -21,6 +21,9 @@ class Reach:
         """Enough for both."""
         return Reach(max(self.above, other.above), max(self.below, other.below))
 
+    def __add__(self, other: Reach) -> Reach:
+        return Reach(self.above + other.above, self.below + other.below)
+
 
 NO_ROWS = Reach()
 

@@ -64,7 +64,7 @@ def band_downsample(block: Any, bands: Bands, name: str) -> Callable[..., torch.
 
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, DOWNSAMPLE_WINDOW.reach, name)
-        return convolve_band(values, halo, bands.axis, DOWNSAMPLE_WINDOW, whole, rows)
+        return convolve_band(values, halo, bands.axis, DOWNSAMPLE_WINDOW, whole, rows)[0]
 
     return forward
 

@@ -1,0 +1,66 @@
+"""Single-head self-attention of a band over the whole picture, at half the bytes of keys and values.
+
+With one head, scores need no keys: `q . (Wk x + bk) = (Wk' q) . x + q . bk`, and the last term is the same
+for every position, so softmax does not see it. Values can wait likewise: a weighted mean of `Wv x + bv` is
+`Wv (mean of x) + bv`. So ranks exchange the normalised positions alone, and each projects its own queries and
+results only: no work is repeated. The positions travel before they are normalised, in the messages that carry
+the normalisation's statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
+from vaepp_strategies.layers.parts import Scale
+
+__all__ = ["band_attention"]
+
+
+def band_attention(attention: Any, bands: Bands, scale: Scale) -> Callable[..., torch.Tensor]:
+    """A forward for diffusers' `Attention` with one head and a group normalisation.
+
+    Args:
+        attention: self-attention over `(batch, channels, rows, columns)`; see `inspect.unknown_layers`.
+        bands: this rank's band.
+        scale: the resolution of its input.
+    """
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        own, everyone = _normalised(attention.group_norm, hidden_states.contiguous(), bands, scale)
+        # One head: a query against a position is this vector against the position itself.
+        query = attention.to_q(own) @ attention.to_k.weight
+        mixed = F.scaled_dot_product_attention(
+            query[:, None], everyone[:, None], everyone[:, None], scale=attention.inner_dim**-0.5
+        )[:, 0]
+        mixed = attention.to_out[1](attention.to_out[0](attention.to_v(mixed)))
+        # Contiguous: transposed strides would reach the next convolutions and switch them to other kernels.
+        result = mixed.transpose(1, 2).reshape(hidden_states.shape).contiguous()
+        if attention.residual_connection:
+            result = result + hidden_states
+        scaled: torch.Tensor = result / attention.rescale_output_factor
+        return scaled
+
+    return forward
+
+
+def _normalised(
+    norm: Any, values: torch.Tensor, bands: Bands, scale: Scale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's normalised positions and everyone's, each `(batch, positions, channels)`."""
+    batch, channels = values.shape[:2]
+    areas = bands.areas(values, scale)
+    mine = moments(values, norm.num_groups)
+    shapes = [(batch, channels, area) for area in areas]
+    everyone, positions = bands.gather_with_bands(mine, values.flatten(2), shapes, "statistics and positions")
+    per_position = norm.num_channels // norm.num_groups
+    mean, variance = merge_moments([area * per_position for area in areas], everyone)
+    tokens = [
+        apply_statistics(norm, part[..., None], mean, variance)[..., 0].transpose(1, 2) for part in positions
+    ]
+    return tokens[bands.group.rank], torch.cat(tokens, dim=1)
