@@ -119,7 +119,7 @@ def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -
     tile, step = grid.tile[axis], grid.step[axis]
     if step < 1 or grid.keep[axis] < 1:
         factor = f" with an overlap factor of {grid.overlap}" if grid.overlap is not None else ""
-        remedy = f"the factor must be at most {1 - 1 / tile:g}" if factor else "choose a larger step"
+        remedy = f"the factor must be at most {1 - 1 / tile:g}" if factor and tile else "choose larger tiles"
         raise UnsupportedError(f"tiles of {tile}{factor} advance by {step}; {remedy}")
 
     def out(length: int) -> int:

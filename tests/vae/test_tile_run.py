@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -19,7 +19,7 @@ from vaepp_sdk.vae.plan import Output
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
 BF16 = torch.bfloat16
-BUILDERS = {"kl": tiny_kl, "flux2": tiny_flux2}
+BUILDERS: Mapping[str, Callable[..., Any]] = {"kl": tiny_kl, "flux2": tiny_flux2}
 
 
 @attrs.frozen

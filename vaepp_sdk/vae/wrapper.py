@@ -13,6 +13,7 @@ from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.facts import Direction
+from vaepp_sdk.vae.inputs import check_input
 from vaepp_sdk.vae.landing import Landed, ShardedSample
 from vaepp_sdk.vae.plan import Output, Work, WorkPlan
 
@@ -53,15 +54,29 @@ class ParallelVAE(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "_old_forward":  # accelerate's mark of a hook on this very module
+                raise
             return getattr(super().__getattr__("vae"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Settings of the wrapped VAE, such as `use_tiling` or its tile sizes, are set there."""
+        """Settings of the wrapped VAE, such as `use_tiling` or its tile sizes, are set there.
+
+        What the wrapper itself has, methods included, and private names are set here: accelerate replaces
+        `forward` and leaves a hook on the module that a pipeline holds.
+        """
         wrapped = self.__dict__.get("_modules", {}).get("vae")
-        if wrapped is not None and name not in self.__dict__ and hasattr(wrapped, name):
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if wrapped is not None and not own and hasattr(wrapped, name):
             setattr(wrapped, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """An attribute that only the wrapped VAE has, such as accelerate's hook, is deleted there."""
+        if name in self.__dict__ or name in self._modules:
+            super().__delattr__(name)
+        else:
+            delattr(self.vae, name)
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None, **extra: Any) -> Any:
@@ -113,7 +128,9 @@ class ParallelVAE(nn.Module):
                 "call it from one thread at a time"
             )
         try:
+            _onload(self)
             _onload(self.vae)
+            check_input(self._adapter.facts(), direction, value, self.vae)
             slices = value.split(1) if self._adapter.vae.use_slicing and value.shape[0] > 1 else [value]
             return self._result([self._one(direction, part) for part in slices], value)
         finally:
@@ -156,7 +173,7 @@ def _join(slices: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _onload(vae: nn.Module) -> None:
-    """Let accelerate's offload hook bring the VAE to its device, as diffusers' own decode does."""
-    hook = getattr(vae, "_hf_hook", None)
+    """Let an offload hook on this module bring it to its device, as diffusers' own decode does."""
+    hook = vars(vae).get("_hf_hook")
     if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(vae)

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import attrs
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -36,10 +37,10 @@ def counted() -> Iterator[Counted]:
             seen.sent.append((send.group_peer, send.tensor.numel() * send.tensor.element_size()))
         return post(operations)
 
-    def broadcast(tensor: Any, *args: Any, group_src: int, **kwargs: Any) -> Any:
-        if group_src == dist.get_rank():
+    def broadcast(tensor: torch.Tensor, *, group: Any, group_src: int, async_op: bool) -> Any:
+        if group_src == dist.get_rank(group):
             seen.sent.append((-1, tensor.numel() * tensor.element_size()))
-        return spread(tensor, *args, group_src=group_src, **kwargs)
+        return spread(tensor, group=group, group_src=group_src, async_op=async_op)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a process group was created")
