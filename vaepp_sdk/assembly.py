@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,37 +13,14 @@ import transformers
 
 from vaepp_sdk.dit.loading import load_sharded
 from vaepp_sdk.dit.tensor import TensorGroup
+from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.resolve import Resolved
 
-__all__ = ["build_pipeline", "choose_device", "quiet_libraries"]
+__all__ = ["build_pipeline", "quiet_libraries"]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of this rank; the caller's process uses it from here on.
-
-    Args:
-        name: `auto`, `cuda` or `cpu`. With CUDA, LOCAL_RANK in the environment numbers the device.
-
-    Raises:
-        UnsupportedError: CUDA is asked for and not there, or this machine has fewer devices than ranks.
-    """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UnsupportedError('model.device is "cuda" and torch sees no CUDA device; write "cpu" or "auto"')
-    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= count:
-        raise UnsupportedError(
-            f"rank {place} of this machine needs a CUDA device of its own and there are {count}; "
-            'start fewer ranks, or write model.device = "cpu"'
-        )
-    device = torch.device("cuda", place)
-    torch.cuda.set_device(device)
-    return device
 
 
 def quiet_libraries(rank: int) -> None:
@@ -86,14 +61,13 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
 
 def _pipeline_class(resolved: Resolved) -> Any:
     """The class, from its entry's module or from diffusers."""
-    module = importlib.import_module(resolved.entry.module) if resolved.entry else diffusers
-    found = getattr(module, resolved.pipeline_class, None)
+    name, entry = resolved.pipeline_class, resolved.entry
+    if entry is not None:
+        return load_object(f"{entry.module}:{name}", f"pipeline {name!r}")
+    found = getattr(diffusers, name, None)
     if found is None:
         raise UnsupportedError(
-            f"{module.__name__} {diffusers.__version__} has no {resolved.pipeline_class}; "
-            "upgrade diffusers, or install the plugin that brings it"
-            if module is diffusers
-            else f"{module.__name__} has no {resolved.pipeline_class}, which its entry names"
+            f"diffusers {diffusers.__version__} has no {name}; upgrade it, or install the plugin that has it"
         )
     return found
 

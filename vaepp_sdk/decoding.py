@@ -128,33 +128,23 @@ class Decoder:
         bad = ~torch.isfinite(piece.tensor)
         if not bool(bad.any()):
             return
-        rows, columns = (
-            bad.flatten(0, -3).any(0).any(dim).nonzero().flatten() + offset
-            for dim, offset in ((1, piece.box.top), (0, piece.box.left))
-        )
-        region = Box(
-            int(rows[0]),
-            int(columns[0]),
-            int(rows[-1] - rows[0]) + 1,
-            int(columns[-1] - columns[0]) + 1,
-        )
-        makers = self._makers(region)
+        bad = bad.flatten(0, -3).any(0)
+        rows, columns = (bad.any(dim).nonzero().flatten() for dim in (1, 0))
+        maker, windows = self._maker(bad)
         where = (
-            f"rows {region.top} to {region.top + region.height - 1}, "
-            f"columns {region.left} to {region.left + region.width - 1}"
+            f"rows {piece.box.top + int(rows[0])} to {piece.box.top + int(rows[-1])}, "
+            f"columns {piece.box.left + int(columns[0])} to {piece.box.left + int(columns[-1])}"
         )
-        by = f" (decoded by rank {', '.join(map(str, makers))})" if len(makers) > 1 else ""
-        cause = f"the picture has {int(bad.sum())} values that are not finite (NaN or Inf) in {where}{by}"
-        raise RankError(makers[0], "decode", f"{cause}; nothing was saved")
+        cause = f"the picture has values that are not finite (NaN or Inf) in {where}{windows}"
+        raise RankError(maker, "decode", f"{cause}; nothing was saved")
 
-    def _makers(self, region: Box) -> list[int]:
-        """The ranks whose windows touch a region."""
+    def _maker(self, bad: torch.Tensor) -> tuple[int, str]:
+        """The rank that computed most of the bad pixels: blending spreads them to its neighbours' windows."""
         plan = self.vae.last_plan if isinstance(self.vae, ParallelVAE) else None
-        if plan is None:
-            return [self.rank]
-        return sorted({window.owner for window in plan.windows if _touch(window.target, region)})
-
-
-def _touch(one: Box, other: Box) -> bool:
-    rows = one.top < other.top + other.height and other.top < one.top + one.height
-    return rows and one.left < other.left + other.width and other.left < one.left + one.width
+        if plan is None or self.leaves_sharded:
+            return self.rank, ""
+        found: dict[int, int] = {}
+        for window in plan.windows:
+            found[window.owner] = found.get(window.owner, 0) + int(bad[window.target.slices].sum())
+        maker = max(found, key=lambda rank: found[rank])
+        return maker, f", most of them in windows that rank {maker} decoded"

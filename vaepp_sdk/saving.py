@@ -73,8 +73,8 @@ class PictureFolder:
         Raises:
             OutputError: it cannot.
         """
+        self._make()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".vaepp-{secrets.token_hex(8)}.tmp"
             os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             probe.unlink()
@@ -98,10 +98,10 @@ class PictureFolder:
         Raises:
             OutputError: the name is taken, or the file cannot be written; names the file.
         """
+        self._make()
         target = self.path / name
         scratch = self.path / f".{name}-{secrets.token_hex(8)}.tmp"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             _write(image, scratch, info)
             if self.overwrite:
                 scratch.replace(target)
@@ -113,6 +113,16 @@ class PictureFolder:
             with contextlib.suppress(OSError):
                 scratch.unlink()
         return target
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise OutputError(
+                f"cannot write {self.path}: it is not a folder; name another output.dir"
+            ) from error
+        except OSError as error:
+            raise _refused(self.path, error) from error
 
     def _after_existing(self) -> int:
         try:

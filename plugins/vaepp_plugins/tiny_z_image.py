@@ -240,6 +240,9 @@ def _arguments() -> argparse.Namespace:
 def _main() -> None:
     arguments = vars(_arguments())
     folder = arguments.pop("folder")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         print(build(folder, **arguments))
     except FileExistsError as error:

@@ -163,8 +163,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 def _divide_attribute(block: nn.Module, prefix: str, name: str, size: int) -> None:
     path, _, attribute = name.rpartition(".")
-    owner = block.get_submodule(path)
-    setattr(owner, attribute, _part(getattr(owner, attribute), f"{prefix}.{name}", size))
+    try:
+        owner = block.get_submodule(path)
+        count = getattr(owner, attribute)
+    except AttributeError:
+        raise UnsupportedError(f"{prefix}.{name} is missing; the model's plan divides it") from None
+    setattr(owner, attribute, _part(count, f"{prefix}.{name}", size))
 
 
 def _part(width: int, what: str, size: int) -> int:
