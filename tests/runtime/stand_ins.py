@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -38,7 +39,7 @@ class Light:
 
     def run(self, request: Mapping[str, Any]) -> Answer:
         for stage in ("encode_prompt", "denoise", "decode", "save"):
-            place = {"rank": self.seat.rank, "world_size": self.seat.world_size}
+            place: dict[str, Any] = {"rank": self.seat.rank, "world_size": self.seat.world_size}
             self.seat.observer(StageStart(**place, stage=stage, request=self.number))
             for step in range(request.get("steps", 2)):
                 self.seat.observer(Progress(stage=stage, done=step + 1, total=request.get("steps", 2)))
@@ -48,7 +49,9 @@ class Light:
         self.number += 1
         size = request.get("size", 4)
         pictures = [Image.new("RGB", (size, size + index), (index, 0, 7)) for index in range(2)]
-        return Answer(value={"rank": self.seat.rank, "echo": dict(request), "pid": os.getpid()}, pictures=pictures)
+        return Answer(
+            value={"rank": self.seat.rank, "echo": dict(request), "pid": os.getpid()}, pictures=pictures
+        )
 
     def close(self) -> None:
         self._fault(self.seat.payload, "close")
@@ -78,7 +81,8 @@ class Joined(Light):
         import torch
         import torch.distributed as dist
 
-        dist.all_reduce(torch.ones(1))
+        if dist.is_initialized():
+            dist.all_reduce(torch.ones(1))
 
     def run(self, request: Mapping[str, Any]) -> Answer:
         answer = super().run(request)
@@ -89,7 +93,36 @@ class Joined(Light):
         import torch.distributed as dist
 
         super().close()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Painter(Joined):
+    """What a pipeline's work looks like from outside; faults come through the environment."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self.fault = json.loads(os.environ.get("VAEPP_TEST_FAULT", "{}"))
+
+    def load(self) -> None:
+        self._fault({"fault": self.fault}, "load")
+
+    def run(self, request: Mapping[str, Any]) -> Answer:
+        answer = super().run({**request, "fault": self.fault})
+        stages = [
+            {
+                "rank": self.seat.rank,
+                "world_size": self.seat.world_size,
+                "stage": stage,
+                "request": request["number"],
+                "seconds": 0.5 + self.seat.rank,
+                "peak_bytes": (3 + self.seat.rank) * 2**20,
+            }
+            for stage in ("denoise", "decode")
+        ]
+        files = [f"/pictures/{request['call']['prompt']}.png"] if self.seat.rank == 0 else []
+        value = {"files": files, "seed": request["seed"], "stages": stages}
+        return Answer(value=value, pictures=answer.pictures if self.seat.rank == 0 else ())
 
 
 def _strike(kind: str, rank: int) -> None:

@@ -1,0 +1,194 @@
+"""The command line over stand-in ranks: output, exit codes, signals, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from cli.commands import DRIVER, environment, light, run_folders, write_spec
+from runtime.processes import wait_until_gone
+
+
+@pytest.fixture
+def spec(tmp_path: Path, tiny_model: Path) -> str:
+    return str(write_spec(tmp_path, tiny_model))
+
+
+def test_a_run_prints_a_table_and_the_files(spec: str, tmp_path: Path) -> None:
+    done = light(spec, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "stage    seconds  rank 0 peak MiB  rank 1 peak MiB",
+        "denoise     1.50                3                4",
+        "decode      1.50                3                4",
+        "",
+        "/pictures/a red cube.png",
+    ]
+    # No progress in a pipe; the notice once, whatever the number of ranks.
+    assert done.stderr.splitlines() == [
+        "vaepp-run: warning: vae_use_tiling is switched on for VAE patch parallelism over 2 ranks."
+    ]
+    assert run_folders(tmp_path) == []
+
+
+def test_json_and_overrides(spec: str, tmp_path: Path) -> None:
+    arguments = [spec, "--json", "--set", 'call.prompt="a blue cube"', "--set", "call.seed=9"]
+    done = light(*arguments, "--set", "parallel.tensor_parallel_size=1", tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["files"] == ["/pictures/a blue cube.png"]
+    assert found["seed"] == 9
+    assert found["stages"][0] == {"stage": "denoise", "seconds": 0.5, "peak_bytes": [3 * 2**20]}
+    (notice,) = found["notices"]
+    assert "vae_patch_parallel_size" in notice
+
+
+def test_quiet_prints_the_files_only(spec: str, tmp_path: Path) -> None:
+    done = light(spec, "--quiet", "--set", "vae.vae_use_tiling=true", tmp_path=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "/pictures/a red cube.png\n", "")
+
+
+def test_nothing_printed_is_obeyed_by_a_terminal(spec: str, tmp_path: Path) -> None:
+    done = light(spec, "--set", r'call.prompt="\u001b[2J\u202egone"', tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "/pictures/\\u001b[2J\\u202egone.png" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_terminal_sees_progress(spec: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with subprocess.Popen(
+        [sys.executable, DRIVER, spec], stdout=subprocess.PIPE, stderr=theirs, env=environment(tmp_path)
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # the other side has closed
+                break
+            if not data:
+                break
+            seen += data
+        assert process.wait() == 0
+    os.close(ours)
+    for stage in (b"encode_prompt", b"denoise", b"decode"):
+        assert stage in seen
+    assert b"2/2" in seen
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            {"kind": "raise", "rank": 1, "stage": "denoise"},
+            "rank 1 failed in stage denoise: ValueError: struck",
+        ),
+        (
+            {"kind": "KILL", "rank": 0, "stage": "decode"},
+            "rank 0 failed in stage decode: its process was killed",
+        ),
+        ({"kind": "exit", "rank": 1, "stage": "load"}, "rank 1 failed in stage load: SystemExit: 0"),
+    ],
+)
+def test_a_failed_run_is_one_block_and_exit_code_1(
+    fault: tuple[str, int, str], message: str, spec: str, tmp_path: Path
+) -> None:
+    named = dict(zip(("kind", "rank", "stage"), fault, strict=True))
+    done = light(spec, tmp_path=tmp_path, fault=named)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    _, first, second = done.stderr.splitlines()
+    assert first.startswith(f"vaepp-run: {message}")
+    (folder,) = run_folders(tmp_path)
+    assert second == f"  the logs of all ranks are in {folder}"
+
+
+def test_a_refused_request_is_exit_code_2(spec: str, tmp_path: Path) -> None:
+    fault = {"kind": "refuse", "rank": "all", "stage": "encode_prompt"}
+    done = light(spec, tmp_path=tmp_path, fault=fault)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == ["vaepp-run: this size is not served"]
+    assert run_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_the_run_in_good_order(number: int, code: int, spec: str, tmp_path: Path) -> None:
+    fault = json.dumps({"kind": "sleep", "rank": 0, "stage": "decode"})
+    process = subprocess.Popen(
+        [sys.executable, DRIVER, spec],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path, VAEPP_TEST_FAULT=fault),
+    )
+    ranks = children_when_ready(process.pid, 2)
+    started = time.monotonic()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert wait_until_gone(ranks, 0) == []
+    assert time.monotonic() - started < 10
+    assert run_folders(tmp_path) == []
+
+
+def children_when_ready(parent: int, count: int) -> list[int]:
+    """The ranks of a command, once there are as many as they should be."""
+    path = Path(f"/proc/{parent}/task")
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        found = {int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()}
+        if len(found) == count:
+            time.sleep(0.5)
+            return sorted(found)
+        time.sleep(0.05)
+    raise AssertionError(f"{parent} has not started {count} ranks")
+
+
+def torchrun(spec: str, size: int, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    return subprocess.run(
+        [*launcher, "--standalone", DRIVER, spec, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(tmp_path, PYTHONWARNINGS="ignore"),
+        check=False,
+    )
+
+
+def test_under_torchrun_it_joins(spec: str, tmp_path: Path) -> None:
+    done = torchrun(spec, 2, tmp_path, "--json", "--set", "vae.vae_use_tiling=true")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)  # one object: only rank 0 prints
+    assert found["files"] == ["/pictures/a red cube.png"]
+    assert found["stages"][0]["peak_bytes"] == [3 * 2**20, 4 * 2**20], "the table knows every rank"
+    assert run_folders(tmp_path) == [], "nothing was started"
+
+
+def test_under_torchrun_another_size_is_refused(spec: str, tmp_path: Path) -> None:
+    done = torchrun(spec, 2, tmp_path, "--set", "parallel.tensor_parallel_size=1")
+    assert done.returncode != 0
+    assert "its sizes make 1 ranks and the launcher started 2 (WORLD_SIZE)" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_half_a_launcher_is_refused(spec: str, tmp_path: Path) -> None:
+    done = light(spec, tmp_path=tmp_path, RANK="0")
+    assert done.returncode == 2
+    assert "the environment sets RANK" in done.stderr
+    assert "WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in done.stderr
+    assert done.stdout == ""
