@@ -59,9 +59,7 @@ def stand_in_registry() -> Registry:
     return registry
 
 
-def model_folder(
-    folder: Path, pipeline: str = PIPELINE, transformer: dict[str, Any] | None = None
-) -> Path:
+def model_folder(folder: Path, pipeline: str = PIPELINE, transformer: dict[str, Any] | None = None) -> Path:
     """Write the JSON files of a model in diffusers format."""
     index = {
         "_class_name": pipeline,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +85,39 @@ def _snapshot(model: ModelSpec, wanted: Sequence[str], skipped: Sequence[str]) -
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(
-            model.id,
-            revision=model.revision,
-            local_files_only=model.local_files_only,
-            allow_patterns=list(wanted),
-            ignore_patterns=list(skipped),
-        )
+        with _bars_for_people():
+            path = snapshot_download(
+                model.id,
+                revision=model.revision,
+                local_files_only=model.local_files_only,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(skipped),
+            )
     except Exception as error:
         # The hub client raises its own, its HTTP library's and the system's errors; the user needs one line.
         raise _refused(
             f"the hub cannot give {shown(model.id)} ({_reason(error)})", _hub_fix(model)
         ) from error
     return Path(path)
+
+
+@contextlib.contextmanager
+def _bars_for_people() -> Iterator[None]:
+    """No progress bars of the hub client where stderr is a file or a pipe."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import attrs
 
 from vaepp_sdk.dit_rules import dit_faults
 from vaepp_sdk.entries import PipelineEntry
-from vaepp_sdk.errors import SpecError
+from vaepp_sdk.errors import Fault, PluginError, SpecError
 from vaepp_sdk.model_folder import fetch_weights, open_model
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
-from vaepp_sdk.signature import CallSignature, read_signature, signature_faults
+from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
 from vaepp_sdk.spec import PipelineSpec
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
 
@@ -88,6 +89,7 @@ def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
     Raises:
         SpecError: with every fault of the spec against its model and the plugins.
         UnsupportedError: the model's own files do not fit its entry.
+        PluginError: an entry names a module that is not installed.
     """
     spec = PipelineSpec.load(spec)
     try:
@@ -112,16 +114,31 @@ def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
         dims=dims,
         vae_size=decision.size,
         use_tiling=decision.use_tiling,
-        notices=(*registry.problems, *_model_notices(spec), *decision.notices),
+        notices=(
+            *registry.problems,
+            *_model_notices(spec, folder.pipeline_class, signature),
+            *decision.notices,
+        ),
         signature=signature,
     )
 
 
 def _signature(pipeline_class: str, entry: PipelineEntry | None) -> CallSignature | None:
-    return read_signature(pipeline_class, entry.module if entry is not None else None)
+    """What the pipeline's call takes; a pipeline that is nowhere to be found is refused."""
+    source = pipeline_source(pipeline_class, entry.module if entry is not None else None)
+    if source is not None:
+        return read_signature(pipeline_class, source)
+    if entry is not None:
+        problem = f"its module {entry.module} is not installed; install the package that has it"
+        raise PluginError(f"for pipeline {pipeline_class}", problem)
+    found = f"its pipeline {pipeline_class} is neither in diffusers {version('diffusers')} nor in a plugin"
+    raise SpecError([Fault("$.model.id", found, "install a diffusers or a plugin that has it")])
 
 
-def _model_notices(spec: PipelineSpec) -> list[str]:
+def _model_notices(spec: PipelineSpec, pipeline: str, signature: CallSignature | None) -> list[str]:
+    notices = []
     if spec.model.folder is not None and spec.model.revision is not None:
-        return ["model.revision takes no effect: the model is a local folder."]
-    return []
+        notices.append("model.revision takes no effect: the model is a local folder.")
+    if signature is None:
+        notices.append(f"[call] is not checked: the source of {pipeline} does not show what its call takes.")
+    return notices

@@ -11,12 +11,12 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.errors import Fault
+from vaepp_sdk.errors import Fault, PluginError
 from vaepp_sdk.options import nearest
 from vaepp_sdk.spec.values import ValueType
-from vaepp_sdk.text import key_path, shown
+from vaepp_sdk.text import clean, key_path, shown
 
-__all__ = ["CallSignature", "Parameter", "read_signature", "signature_faults"]
+__all__ = ["CallSignature", "Parameter", "pipeline_source", "read_signature", "signature_faults"]
 
 _SCALARS = {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}
 _LISTS = {"list", "List", "tuple", "Tuple", "Sequence", "Iterable"}
@@ -66,24 +66,37 @@ class CallSignature:
         return [*(name for name in free if name not in _SET_BY_VAEPP), "seed"]
 
 
-def read_signature(class_name: str, module: str | None = None) -> CallSignature | None:
-    """Read the signature of a pipeline class, its own or inherited.
+def pipeline_source(class_name: str, module: str | None = None) -> Path | None:
+    """The file that defines a pipeline class, or None where there is none.
 
     Args:
         class_name: the pipeline class.
         module: the module that defines it; None looks through the pipelines of diffusers.
+    """
+    return _module_path(module) if module else _diffusers_path(class_name)
+
+
+def read_signature(class_name: str, source: Path) -> CallSignature | None:
+    """Read the signature of a pipeline class, its own or inherited.
+
+    Args:
+        class_name: the pipeline class.
+        source: the file that defines it.
 
     Returns:
-        The signature, or None where the source cannot be found or defines no `__call__`.
+        The signature, or None where it cannot be told, as when the call is inherited from elsewhere.
+
+    Raises:
+        PluginError: the file is not Python.
     """
-    path = _module_path(module) if module else _diffusers_path(class_name)
+    path: Path | None = source
     seen: set[str] = set()
     name: str | None = class_name
     while name is not None and path is not None and name not in seen:
         seen.add(name)
         node = _class_node(path, name)
         if node is None:
-            return None
+            break
         for item in node.body:
             if isinstance(item, ast.FunctionDef) and item.name == "__call__":
                 return _signature(class_name, item.args)
@@ -190,7 +203,10 @@ def _class_node(path: Path, name: str) -> ast.ClassDef | None:
 
 @functools.lru_cache(maxsize=8)
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise PluginError(str(path), f"it is not Python: {clean(str(error))}") from error
 
 
 def _module_path(module: str) -> Path | None:

@@ -20,7 +20,9 @@ def clean(text: str, limit: int = 80) -> str:
         limit: the most characters kept; what was left out is counted at the end.
     """
     kept = text if len(text) <= limit else text[:limit]
-    printable = "".join(char if char.isprintable() else _escaped(char) for char in kept)
+    printable = kept
+    if not kept.isprintable():
+        printable = "".join(char if char.isprintable() else _escaped(char) for char in kept)
     return printable if kept is text else f"{printable}... ({len(text)} characters)"
 
 

@@ -34,17 +34,18 @@ class VaeDecision:
 def vae_faults(vae: VaeSpec, size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:
     """Every fault in the strategy and its options."""
     if vae.strategy == _AUTO:
-        faults = _auto_faults(size, entry, registry)
+        faults = _adapter_faults(size, entry, registry) + _auto_faults(size, entry, registry)
         if vae.options:
             fix = "name a strategy, or leave the options out"
             faults.append(Fault("$.vae.options", "strategy 'auto' takes no options", fix))
         return faults
     allowed = entry.strategies if entry is not None else ()
+    faults = _adapter_faults(size, entry, registry)
     if vae.strategy not in registry.strategies:
         known = [_AUTO, *(allowed or registry.strategies)]
         fix = "; ".join([nearest(vae.strategy[:100], known), *registry.problems])
-        return [Fault("$.vae.strategy", f"no plugin registers {shown(vae.strategy)}", fix)]
-    faults = option_faults(registry.strategies[vae.strategy], vae.options, "$.vae.options")
+        return [*faults, Fault("$.vae.strategy", f"no plugin registers {shown(vae.strategy)}", fix)]
+    faults += option_faults(registry.strategies[vae.strategy], vae.options, "$.vae.options")
     if entry is not None and allowed and vae.strategy not in allowed:
         found = f"{shown(vae.strategy)} is not validated for {entry.name}"
         faults.append(Fault("$.vae.strategy", found, f"it must be one of {', '.join([_AUTO, *allowed])}"))
@@ -84,6 +85,15 @@ def decide_vae(
         notices.append(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks.")
         use_tiling = True
     return VaeDecision(size, use_tiling, tuple(notices))
+
+
+def _adapter_faults(size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:
+    """A pipeline whose VAE class nobody adapts, as where that plugin is blocked."""
+    if size == 1 or entry is None or not entry.strategies or entry.vae in registry.vaes:
+        return []
+    found = f"no plugin registers {entry.vae}, the VAE of {entry.name}"
+    fix = "; ".join(["install or unblock the plugin, or write 1", *registry.problems])
+    return [Fault("$.parallel.vae_patch_parallel_size", found, fix)]
 
 
 def _auto_faults(size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:

@@ -53,7 +53,8 @@ def test_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "spec.toml"
     file.write_text(
         '[model]\nid = "./model"\n[parallel]\ntensor_parallel_size = 2\n[vae]\nstrategy = "x"\n'
-        '[vae.options]\nhalo = 8\n[call]\nprompt = ["a", "\u202e"]\nsigmas = [1, 0.5]\n[output]\n[limits]\nload = 9\n'
+        '[vae.options]\nhalo = 8\n[call]\nprompt = ["a", "\u202e"]\nsigmas = [1, 0.5]\n'
+        "[output]\n[limits]\nload = 9\n"
     )
     spec = PipelineSpec.load(file)
     assert spec.model.folder == tmp_path / "model"
@@ -88,7 +89,9 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "loop").symlink_to("loop")
-    spec = PipelineSpec.load({"model": {"id": str(tmp_path / "link")}, "output": {"dir": str(tmp_path / "link")}})
+    spec = PipelineSpec.load(
+        {"model": {"id": str(tmp_path / "link")}, "output": {"dir": str(tmp_path / "link")}}
+    )
     assert spec.output == OutputSpec(str(tmp_path / "link"))
     with pytest.raises(SpecError, match="is no folder"):
         PipelineSpec.load({**TABLES, "output": {"dir": str(tmp_path / "loop" / "x")}})

@@ -35,8 +35,9 @@ def structure(raw: Mapping[str, Any], cls: type[ClassT]) -> tuple[ClassT | None,
     Returns:
         The object and no fault, or None and every fault.
     """
+    plain: type = cls
     try:
-        return _converter(cls).structure(raw, cls), []
+        return _converter(plain).structure(raw, cls), []
     except ClassValidationError as error:
         return None, list(_faults(error, "$", cls, _homes(cls)))
 
