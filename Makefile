@@ -21,9 +21,11 @@ install: ## create .venv and install vaepp with its development tools
 	@$(PYTHON) scripts/setup_env.py $(VENV)
 
 demo: install ## make pictures with a small Z-Image checkpoint on 2 ranks; needs no GPU
-	@$(BIN)/python -m vaepp_plugins.tiny_z_image "$(TINY)"
+	@echo "a small, untrained Z-Image checkpoint is in:"
+	@TQDM_DISABLE=1 $(BIN)/python -m vaepp_plugins.tiny_z_image "$(TINY)"
+	@echo "2 ranks run examples/quickstart.toml with it:"
 	@$(BIN)/vaepp-run examples/quickstart.toml --set "model.id=$(TINY)"
-	@echo "The pictures are in examples/out (noise: the small checkpoint is untrained)."
+	@echo "The pictures are in examples/out. They are patterns: the small checkpoint is untrained."
 
 test: install ## everything CI checks: lint, types, tests on real gloo ranks
 	@$(BIN)/ruff check .

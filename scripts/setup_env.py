@@ -75,6 +75,8 @@ def pip(python: Path, *arguments: str, quiet: bool = False) -> bool:
 
 def install_torch(python: Path) -> None:
     """Install torch in a pip command of its own, so that nothing else decides which build comes."""
+    if any(python.parent.parent.glob("lib/python*/site-packages/torch/version.py")):
+        return  # whatever build is there was chosen before; what follows checks its release
     if has_accelerator():
         say(f"an accelerator is here: installing {ACCELERATOR_TORCH}")
         if not pip(python, ACCELERATOR_TORCH):

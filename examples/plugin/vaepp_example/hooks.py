@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from vaepp_sdk import Option, StrategyEntry, hookimpl
+import attrs
+
+from vaepp_sdk import DiTPlan, Option, PipelineEntry, StrategyEntry, TensorPlan, hookimpl
 from vaepp_sdk.events import StageEnd
 
 VAEPP_API = 1
@@ -17,15 +23,52 @@ def vaepp_register_strategies(register: Callable[[StrategyEntry], None]) -> None
         StrategyEntry(
             name="whole",
             factory="vaepp_example.whole:WholeStrategy",
-            promise="bit-identical to the untiled decode on one rank",
+            promise="bit-identical to the untiled decode or encode on one rank",
             options=(Option(name="owner", kind="integer", default=0, minimum=0, help="the rank that works"),),
             validated_for=("AutoencoderKL", "ZImagePipeline"),
         )
     )
 
 
+def _heads(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"])
+
+
+def _feed_forward(config: Mapping[str, Any]) -> int:
+    return 4 * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+@hookimpl
+def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
+    """Add Flux, whose two-stream blocks are split over the ranks; its single-stream blocks stay whole."""
+    tensor = TensorPlan(
+        blocks=("transformer_blocks",),
+        colwise=(
+            *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+            "ff.net.0.proj",
+            "ff_context.net.0.proj",
+        ),
+        rowwise=("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"),
+        head_attributes=("attn.heads",),
+        widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    )
+    register(
+        PipelineEntry(
+            name="FluxPipeline",
+            module="diffusers.pipelines.flux.pipeline_flux",
+            vae="AutoencoderKL",
+            strategies=("tile", "whole"),
+            stages="vaepp_example.flux:FluxStages",
+            pick=lambda facts, work: "tile" if facts.tiling_fires(work.direction, work.shape) else "whole",
+            dit=DiTPlan(component="transformer", tensor=tensor),
+        )
+    )
+
+
 @hookimpl
 def vaepp_on_stage_end(event: StageEnd) -> None:
-    """Print how long each stage took on rank 0."""
-    if event.rank == 0:
-        print(f"vaepp-example: {event.stage} took {event.seconds:.2f} s", flush=True)
+    """Append each stage of each rank, as a line of JSON, to the file that VAEPP_EXAMPLE_LOG names."""
+    place = os.environ.get("VAEPP_EXAMPLE_LOG")
+    if place:
+        with Path(place).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(attrs.asdict(event)) + "\n")
