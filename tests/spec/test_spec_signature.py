@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,14 @@ def test_a_broken_module_is_named(module: str) -> None:
 )
 def test_real_pipelines(name: str) -> None:
     """The signature read from source is the one that Python would give."""
+    import diffusers  # takes seconds, and only this test needs it
+
     signature = read(name)
+    real = dict(list(inspect.signature(getattr(diffusers, name).__call__).parameters.items())[1:])
+    named = {key: value for key, value in real.items() if value.kind is not value.VAR_KEYWORD}
+    assert list(signature.parameters) == list(named)
+    for key, parameter in signature.parameters.items():
+        assert parameter.required == (named[key].default is inspect.Parameter.empty)
     good = {"prompt": ["a"], "height": 512, "num_inference_steps": 4, "guidance_scale": 0}
     assert signature_faults(signature, good) == []
     assert signature.parameters["latents"].kind is None
