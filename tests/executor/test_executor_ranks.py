@@ -46,7 +46,10 @@ def jobs(ranks: int) -> list[Job]:
         Job("auto-small", ranks, {}, {"height": 64, "width": 64}),
     ]
     if ranks == 4:
-        found += [Job("tile-two-of-four", 2, {"strategy": "tile"}), Job("patch-three-of-four", 3)]
+        found += [
+            Job("tile-two-of-four", 2, {"strategy": "tile"}),
+            Job("patch-three-of-four", 3, {"strategy": "patch"}),
+        ]
     return found
 
 
@@ -104,6 +107,8 @@ def test_pictures_land_where_output_says(tiny_model: Path, outputs: Path, ranks:
         assert {rank["groups"] for rank in everyone} == {1}, "a process group was created"
         assert [rank["parallel"] for rank in everyone] == [job.vae_size > 1] * ranks
         assert all(rank["stages"] == ["encode_prompt", "denoise", "decode", "save"] for rank in everyone)
+        for rank in everyone[: job.vae_size if job.vae_size > 1 else 0]:
+            assert rank["progress"][-1].done == rank["progress"][-1].total > 0
         check_landing(job, everyone, wanted[job.name]["images"], folder / job.name)
 
 
