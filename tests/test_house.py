@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("dit", "vae"),
     ("stages",),
-    ("saving",),
+    ("assembly", "decoding", "saving"),
     ("executor",),
     ("runtime",),
     ("pipeline",),
