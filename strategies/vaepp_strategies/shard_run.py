@@ -69,7 +69,7 @@ def _run(
             pieces[window.index] = window_call(value)
         else:
             pieces[window.index] = _band(adapter, window_call, value, group, plan, window)
-        group.progress(1, 1)
+        group.progress(len(plan.steps) + 1, len(plan.steps) + 1)
     return land(pieces, group, plan, value.dtype, value.device)
 
 
@@ -84,7 +84,7 @@ def _band(
     """This rank's band of the output."""
     trace = adapter.facts().layers(plan.work.direction)
     assert trace is not None, "a plan was made from the layers"
-    bands = Bands(group, plan.parts)
+    bands = Bands(group, plan.parts, len(plan.steps))
     band = value[(..., *window.source.slices)].contiguous()
     if plan.input_reach:
         bands.carry(band, _input_halo(value, plan, group.rank))

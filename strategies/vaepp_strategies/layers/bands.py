@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import torch
@@ -56,8 +57,13 @@ class Bands(Exchange):
     """One rank's band among all, for the length of one decode or encode.
 
     "Above" and "below" are meant along the split axis: where columns are split, they are left and right.
+
+    Attributes:
+        exchanges: how many exchanges there will be; the group's `progress` is told as they happen.
     """
 
+    exchanges: int
+    _count: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
     _halos: WeakIdKeyDictionary = attrs.field(factory=WeakIdKeyDictionary, init=False)
 
     @property
@@ -90,6 +96,7 @@ class Bands(Exchange):
         Raises:
             PeerError: a neighbour is gone.
         """
+        self._tell()
         above, below = self._empty_rows(tensor, reach)
         sends = [Send(self._rows_for(tensor, peer, reach), peer) for peer in self._neighbours]
         recvs = []
@@ -113,6 +120,7 @@ class Bands(Exchange):
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
+        self._tell()
         head = _bytes(mine)
         above, below = self._empty_rows(tensor, reach)
         riding = {self.group.rank - 1: above, self.group.rank + 1: below}
@@ -150,6 +158,7 @@ class Bands(Exchange):
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
+        self._tell()
         head = _bytes(mine)
         message = torch.cat([head, _bytes(band)])
         peers = [peer for peer in range(self.ranks) if peer != self.group.rank]
@@ -163,6 +172,10 @@ class Bands(Exchange):
             found[rank][head.numel() :].view(band.dtype).view(shape) for rank, shape in enumerate(shapes)
         ]
         return heads, bands
+
+    def _tell(self) -> None:
+        """Report how far this rank is: exchanges are the moments that all ranks pass alike."""
+        self.group.progress(next(self._count), self.exchanges + 1)
 
     @property
     def _neighbours(self) -> list[int]:

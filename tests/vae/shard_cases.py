@@ -1,0 +1,154 @@
+"""What the tests of `shard` decode and encode, and how far a result may be from the untiled one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+import torch
+from counted import counted
+from diffusers import AutoencoderTiny
+from vae_models import tiny_flux2, tiny_kl
+
+from vaepp_sdk import parallelize_vae
+from vaepp_sdk.testing import run_ranks
+from vaepp_sdk.vae.landing import ShardedSample
+from vaepp_sdk.vae.plan import Output
+
+RELATIVE = {torch.float32: 2e-5, torch.float64: 1e-12}
+"""Rounding of a few dozen layers, as a share of the largest output; a wrong row or statistic moves 1e-2."""
+
+
+def tiny_autoencoder(*, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    torch.manual_seed(0)
+    widths = (8, 8, 8, 8)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=16, **config
+    )
+    return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {"kl": tiny_kl, "flux2": tiny_flux2, "tiny": tiny_autoencoder}
+
+
+@attrs.frozen
+class Case:
+    """One decode or encode; `sides` are the input's rows and columns."""
+
+    sides: tuple[int, int]
+    batch: int = 1
+    size: int | None = None
+    output: Output = "all"
+    direction: Literal["decode", "encode"] = "decode"
+    vae: str = "kl"
+    build: Mapping[str, Any] = attrs.field(factory=dict)
+    dtype: torch.dtype = torch.float32
+    prepare: str = ""
+    active: int | None = None
+
+
+def prepared(case: Case) -> tuple[Any, torch.Tensor]:
+    """The VAE, alike on every rank, and its input, in whose rows and columns statistics differ."""
+    vae = BUILDERS[case.vae](dtype=case.dtype, **case.build)
+    if case.prepare:
+        getattr(vae, case.prepare)()
+    channels = vae.config.latent_channels if case.direction == "decode" else 3
+    torch.manual_seed(7)
+    value = torch.randn(case.batch, channels, *case.sides)
+    value = value + torch.linspace(-2, 3, case.sides[0]).view(-1, 1) + torch.linspace(-1, 2, case.sides[1])
+    return vae, value.to(case.dtype)
+
+
+def whole(result: Any) -> Any:
+    """The tensor, or the pieces, that a decode or encode returned."""
+    for name in ("sample", "latents", "latent"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    posterior = result.latent_dist
+    return posterior if isinstance(posterior, ShardedSample) else posterior.parameters
+
+
+@attrs.frozen(eq=False)
+class Expected:
+    """The untiled result on one rank and, for low precision, that of the same weights in float64."""
+
+    untiled: torch.Tensor
+    exact: torch.Tensor | None
+
+
+@torch.no_grad()
+def expect(case: Case) -> Expected:
+    vae, value = prepared(case)
+    vae.disable_tiling()
+    untiled = whole(getattr(vae, case.direction)(value))
+    if case.dtype in RELATIVE:
+        return Expected(untiled, None)
+    vae = torch.nn.Module.to(vae, torch.float64)
+    return Expected(untiled, whole(getattr(vae, case.direction)(value.double())))
+
+
+def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
+    """What one rank saw of a case."""
+    vae, value = prepared(case)
+    wrapped = parallelize_vae(vae, size=case.size, strategy="shard", output=case.output)
+    told: list[tuple[int, int]] = []
+    wrapped._group.progress = lambda done, total: told.append((done, total))
+    wrapped._group.traffic.reset()
+    with counted() as seen:
+        result = whole(getattr(wrapped, case.direction)(value))
+    plan, traffic = wrapped.last_plan, wrapped._group.traffic
+    slices = case.batch if case.prepare == "enable_slicing" else 1
+    planned = Counter((move.dst, move.nbytes) for move in plan.moves * slices if move.src == rank)
+    progress = [(done + 1, len(plan.steps) + 1) for done in range(len(plan.steps) + 1)] * slices
+    return {
+        "landed": landed(rank, case, result, expected.untiled.shape),
+        "close": close(result, expected),
+        "wire": Counter(seen.sent) == planned,
+        "traffic": (traffic.nbytes, traffic.messages) == (slices * plan.bytes_sent(rank), planned.total()),
+        "told": told == (progress if plan.owned(rank) else []),
+        "restored": not any("forward" in vars(module) for module in vae.modules()),
+        "no groups": seen.groups == 0,
+        "active": case.active in (None, len(plan.windows)),
+        "digest": plan.digest,
+    }
+
+
+def landed(rank: int, case: Case, result: Any, shape: torch.Size) -> bool:
+    """Whether this rank got what the case's output says."""
+    if case.output == "sharded":
+        return isinstance(result, ShardedSample) and result.shape == tuple(shape)
+    here = case.output == "all" or rank == 0
+    return bool(result.shape == (shape if here else (0, *shape[1:])) and result.dtype == case.dtype)
+
+
+def close(result: Any, expected: Expected) -> bool:
+    """Whether what a rank holds is equal to the untiled result up to rounding."""
+    if isinstance(result, ShardedSample):
+        return all(_close(piece.tensor, expected, piece.box.slices) for piece in result.pieces)
+    return result.shape[0] == 0 or _close(result, expected, (slice(None), slice(None)))
+
+
+def _close(found: torch.Tensor, expected: Expected, where: tuple[slice, slice]) -> bool:
+    untiled = expected.untiled[(..., *where)]
+    if expected.exact is None:
+        limit = RELATIVE[untiled.dtype] * max(1.0, float(expected.untiled.abs().max()))
+        return float((found - untiled).abs().max()) <= limit
+    exact = expected.exact[(..., *where)]
+    mine, theirs = (found.double() - exact).abs(), (untiled.double() - exact).abs()
+    # Both are noise of the dtype: equal on average; the largest of some thousand values varies more.
+    return bool(mine.mean() <= 1.1 * theirs.mean() and mine.max() <= 1.5 * theirs.max())
+
+
+def run_cases(rank: int, cases: list[Case], expected: list[Expected]) -> list[dict[str, Any]]:
+    return [run_case(rank, case, one) for case, one in zip(cases, expected, strict=True)]
+
+
+def check_cases(world_size: int, cases: list[Case]) -> None:
+    """Run all cases in one launch and assert every rank's report."""
+    by_rank = run_ranks(world_size, run_cases, cases, [expect(case) for case in cases], timeout=600)
+    for case, reports in zip(cases, zip(*by_rank, strict=True), strict=True):
+        assert len({report.pop("digest") for report in reports}) == 1, case
+        for rank, report in enumerate(reports):
+            assert all(report.values()), (rank, case, report)
