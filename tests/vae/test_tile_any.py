@@ -58,8 +58,18 @@ def _marked(tile: torch.Tensor) -> torch.Tensor:
 class FakeAdapter(VaeAdapter):
     """Gives the strategy the same decoder and encoder."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, facts: VaeFacts) -> None:
         self.vae = vae
+        self._facts = facts
+
+    def facts(self) -> VaeFacts:
+        return self._facts
+
+    def wrap_decode(self, sample: Any, return_dict: bool) -> Any:
+        return (sample, return_dict)
+
+    def wrap_encode(self, moments: Any, return_dict: bool) -> Any:
+        return (moments, return_dict)
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         return FakeVae.decoder(latent)
@@ -168,7 +178,7 @@ def on_threads(setting: Setting, vae: Any, value: torch.Tensor) -> torch.Tensor:
         world_size=ranks,
         output="rank0",
     )
-    adapter = FakeAdapter(vae)
+    adapter = FakeAdapter(vae, setting.facts)
     lines: dict[tuple[int, int], queue.Queue[torch.Tensor]] = {
         (source, to): queue.Queue() for source in range(ranks) for to in range(ranks)
     }
