@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 from pipeline_jobs import CALL, generators, resolved_for
 from torch import nn
 from torch.distributed import distributed_c10d
@@ -16,7 +17,7 @@ from torch.distributed import distributed_c10d
 from vaepp_sdk.assembly import build_pipeline
 from vaepp_sdk.dit.tensor import TensorGroup, shard_modules
 from vaepp_sdk.entries import TensorPlan
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import PeerError, UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.testing import run_ranks
 
@@ -155,3 +156,17 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(change: dict[str, Any], m
     plan = attrs.evolve(PLAN, colwise=(), rowwise=(), head_attributes=())
     with pytest.raises(UnsupportedError, match=message):
         shard_modules(meta_biased(), attrs.evolve(plan, **change), TensorGroup(None, 0, 2))
+
+
+def test_a_sum_that_fails_names_the_peers_and_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection closed by peer\n  a stack")
+
+    monkeypatch.setattr(dist, "all_reduce", gone)
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda _: [2, 3])
+    with pytest.raises(PeerError) as caught:
+        TensorGroup(None, 0, 2).sum(torch.ones(4), "layers.0.feed_forward.w2")
+    assert str(caught.value) == (
+        "rank 2 waited for rank 3 (sum of layers.0.feed_forward.w2): Connection closed by peer"
+    )
