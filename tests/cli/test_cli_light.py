@@ -89,15 +89,9 @@ def test_a_terminal_sees_progress(spec: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (
-            {"kind": "raise", "rank": 1, "stage": "denoise"},
-            "rank 1 failed in stage denoise: ValueError: struck",
-        ),
-        (
-            {"kind": "KILL", "rank": 0, "stage": "decode"},
-            "rank 0 failed in stage decode: its process was killed",
-        ),
-        ({"kind": "exit", "rank": 1, "stage": "load"}, "rank 1 failed in stage load: SystemExit: 0"),
+        (("raise", 1, "denoise"), "rank 1 failed in stage denoise: ValueError: struck on rank 1"),
+        (("KILL", 0, "decode"), "rank 0 failed in stage decode: its process was killed by SIGKILL"),
+        (("exit", 1, "load"), "rank 1 failed in stage load: SystemExit: 0"),
     ],
 )
 def test_a_failed_run_is_one_block_and_exit_code_1(

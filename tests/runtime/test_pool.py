@@ -27,11 +27,8 @@ LIGHT = "runtime.stand_ins:Light"
 JOINED = "runtime.stand_ins:Joined"
 
 
-def make_pool(
-    target: str = LIGHT, size: int = 2, limits: LimitsSpec | None = None, **payload: Any
-) -> WorkerPool:
-    job = Job(world_size=size, target=target, payload=payload, limits=limits or LimitsSpec())
-    return WorkerPool(job)
+def make_pool(target: str = LIGHT, size: int = 2, **payload: Any) -> WorkerPool:
+    return WorkerPool(Job(world_size=size, target=target, payload=payload))
 
 
 @pytest.fixture(autouse=True)

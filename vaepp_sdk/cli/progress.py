@@ -41,15 +41,25 @@ class Bars:
 
     def _draw(self, event: StageStart | StageEnd | Progress) -> None:
         if isinstance(event, Progress):
-            if self._bar is not None:
-                self._bar.total = event.total
-                self._bar.update(event.done - self._bar.n)
+            self._advance(event)
             return
         self._end()
         if isinstance(event, StageStart):
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=event.stage, leave=False, file=sys.stderr, dynamic_ncols=True)
+            # Only the name, until the stage says how many steps it has.
+            self._bar = tqdm(
+                desc=event.stage, bar_format="{desc}", leave=False, file=sys.stderr, dynamic_ncols=True
+            )
+
+    def _advance(self, event: Progress) -> None:
+        if self._bar is None:
+            return
+        self._bar.bar_format = None
+        self._bar.total = event.total
+        self._bar.update(event.done - self._bar.n)
+        if event.done == event.total:
+            self._bar.refresh()  # the last step is drawn however soon it comes
 
     def _end(self) -> None:
         if self._bar is not None:
