@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -79,12 +80,12 @@ def test_eight_ranks() -> None:
     )
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
 
 
 def boom(*_: Any) -> None:
-    raise Boom
+    raise BoomError
 
 
 def fail_everywhere(rank: int) -> tuple[bool, bool, float]:
@@ -96,7 +97,7 @@ def fail_everywhere(rank: int) -> tuple[bool, bool, float]:
     try:
         wrapped.decode(value)
         raised = False
-    except Boom:
+    except BoomError:
         raised = True
     handle.remove()
     restored = [set(vars(module)) for module in vae.modules()] == before
@@ -124,7 +125,7 @@ def fail_on_one(rank: int) -> tuple[str, float, bool, bool]:
     try:
         wrapped.decode(value)
         raised = "nothing"
-    except (Boom, PeerError) as error:
+    except (BoomError, PeerError) as error:
         raised = type(error).__name__
     seconds = time.monotonic() - start
     if handle is not None:
@@ -145,7 +146,7 @@ def test_an_error_on_one_rank_reaches_the_others_in_time_and_spoils_no_module(tm
     with pytest.raises(RankFailedError):
         run_ranks(2, lone_failure, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [result[0] for result in results] == ["PeerError", "Boom"]
+    assert [result[0] for result in results] == ["PeerError", "BoomError"]
     for _, seconds, restored, right in results:
         assert seconds < 20  # the limit is 3 s; the machine may be busy
         assert restored
@@ -225,14 +226,10 @@ def test_unknown_layers_are_refused_by_name_before_any_message() -> None:
     for found in run_ranks(2, replaced):
         for name, (_, pattern) in REPLACEMENTS.items():
             message, sent, _ = found[name]
-            pytest.raises(UnsupportedError, _throw, message).match(pattern)
+            assert re.search(pattern, message), (name, message)
             assert sent == 0, name
         for name in SERVED:
             message, sent, apart = found[name]
             assert not message, (name, message)
             assert sent, name
             assert apart < 2e-5, (name, apart)  # rounding
-
-
-def _throw(message: str) -> None:
-    raise UnsupportedError(message)
