@@ -111,13 +111,13 @@ def _read(
 
 
 def _parts(files: Mapping[str, Path], shards: Mapping[str, Shard]) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(set(files.values())):
+    for key, path in sorted(files.items()):
+        # Opened anew for each weight: the pages of an open file that were read count as this rank's memory.
         with safe_open(path, framework="pt") as file:
-            for key in sorted(key for key, held in files.items() if held == path):
-                if key in shards:
-                    yield key, file.get_slice(key)[shards[key].slices]
-                else:
-                    yield key, file.get_tensor(key)
+            if key in shards:
+                yield key, file.get_slice(key)[shards[key].slices]
+            else:
+                yield key, file.get_tensor(key)
 
 
 def _dtypes(model_class: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
