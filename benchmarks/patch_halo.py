@@ -3,8 +3,8 @@
     python benchmarks/patch_halo.py [--json PATH] [--vaes ...] [--photos ...] [--halos ...] [--ranks ...]
 
 Errors are shares of the output range against the untiled decode on one rank: the mean, the maximum, and the
-maximum in the 16 rows around each seam. `work` is the busiest rank's input area, halo included, over the whole
-input's; `peak` is the busiest rank's peak of live tensor bytes over that of the untiled decode.
+maximum in the 16 rows around each seam. `work` is the busiest rank's input area, halo included, over the
+whole input's; `peak` is the busiest rank's peak of live tensor bytes over that of the untiled decode.
 """
 
 from __future__ import annotations

@@ -9,9 +9,6 @@ from vaepp_sdk import Option, StrategyEntry, hookimpl
 
 VAEPP_API = 1
 
-DEFAULT_HALO = 8
-"""Latent rows of context on each side of a core."""
-
 Share = Literal["statistics+kv", "none"]
 """What the ranks exchange while they decode or encode."""
 
@@ -26,10 +23,10 @@ _ENTRY = StrategyEntry(
         Option(
             name="halo",
             kind="integer",
-            default=DEFAULT_HALO,
             minimum=0,
-            help="Context around each core, in latent rows; more is closer to the untiled decode and costs "
-            "memory and time.",
+            help="Context on each side of a core, in latent rows: more is closer to the untiled decode, and "
+            "costs memory and time. Unset, what was measured for the VAE class: 8 for the AutoencoderKL "
+            "family, 12 for AutoencoderTiny.",
         ),
         Option(
             name="share",

@@ -61,7 +61,7 @@ class PatchPlan(WorkPlan):
         return start * scale.up // scale.down
 
 
-def plan_patches(facts: VaeFacts, work: Work, halo: int, share: Share) -> PatchPlan:
+def plan_patches(facts: VaeFacts, work: Work, halo: int | None, share: Share) -> PatchPlan:
     """Cut the longer side of the latent, and list every message.
 
     Where there are fewer latent rows than ranks, the surplus ranks get no window.
@@ -69,7 +69,7 @@ def plan_patches(facts: VaeFacts, work: Work, halo: int, share: Share) -> PatchP
     Args:
         facts: the VAE.
         work: what is asked.
-        halo: context on each side of a core, in latent rows.
+        halo: context on each side of a core, in latent rows; None is what was measured for the VAE class.
         share: what the ranks exchange.
 
     Raises:
@@ -77,7 +77,7 @@ def plan_patches(facts: VaeFacts, work: Work, halo: int, share: Share) -> PatchP
             exchange.
     """
     _refuse(facts, work)
-    parts = cut(facts, work, halo)
+    parts = cut(facts, work, facts.context if halo is None else halo)
     out_shape = facts.out_shape(work.direction, work.shape)
     windows = tuple(_window(rank, parts, work.shape, out_shape) for rank in range(len(parts.parts)))
     trace = facts.layers(work.direction)

@@ -20,7 +20,7 @@ from vaepp_strategies.layers.exchange import Exchange
 from vaepp_strategies.layers.inspect import unknown_layers
 from vaepp_strategies.layers.norm import shared_group_norm
 from vaepp_strategies.layers.swap import swapped
-from vaepp_strategies.patch import DEFAULT_HALO, Share
+from vaepp_strategies.patch import Share
 from vaepp_strategies.patch_plan import PatchPlan, plan_patches
 
 __all__ = ["PatchStrategy"]
@@ -32,11 +32,11 @@ class PatchStrategy:
     """Decodes one band with a halo on each rank, with the whole picture's statistics and attention.
 
     Args:
-        halo: context on each side of a core, in latent rows.
+        halo: context on each side of a core, in latent rows; None is what was measured for the VAE class.
         share: `statistics+kv`, or `none` for plain halos.
     """
 
-    def __init__(self, halo: int = DEFAULT_HALO, share: Share = "statistics+kv") -> None:
+    def __init__(self, halo: int | None = None, share: Share = "statistics+kv") -> None:
         self._halo = halo
         self._share: Share = share
         self._warned = False

@@ -87,6 +87,8 @@ class VaeFacts:
             VAE without a frame axis.
         decode_layers: the layers that one decode calls, or None where the adapter does not say.
         encode_layers: those of one encode, likewise.
+        context: latent rows of context at which the seam of two windows, decoded with the whole picture's
+            statistics, cannot be seen, as measured on trained weights of the class.
         encode_rounds_up: whether encode keeps an incomplete last latent row or column, or drops it.
         encode_unit: encode takes only sides that are multiples of this.
         least_latents: the smallest side of a latent that decode takes.
@@ -106,6 +108,7 @@ class VaeFacts:
     temporal_ratio: int = 0
     decode_layers: LayerTrace | None = None
     encode_layers: LayerTrace | None = None
+    context: int = 12
     encode_rounds_up: bool = False
     encode_unit: int = 1
     least_latents: int = 1

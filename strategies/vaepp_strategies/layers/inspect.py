@@ -93,9 +93,7 @@ def unknown_layers(
 
 def _reason(layer: nn.Module, call: LayerCall, known: Mapping[type[nn.Module], Check]) -> str | None:
     if "forward" in vars(layer):
-        return "its forward is wrapped, as sequential CPU offload does"
-    if getattr(layer, "_compiled_call_impl", None) is not None:
-        return "it is compiled"
+        return "its forward is wrapped, as torch.compile and sequential CPU offload do"
     if type(layer) in known:
         return known[type(layer)](layer)
     far = [name for name in call.operators if not _works_on_single_positions(name)]
