@@ -50,7 +50,7 @@ def snippets(*languages: str) -> Iterator[Snippet]:
                 yield Snippet(page, line, match["language"], match["text"], match["file"])
 
 
-def each(*languages: str) -> Any:
+def each(*languages: str) -> pytest.MarkDecorator:
     found = list(snippets(*languages))
     assert found
     return pytest.mark.parametrize("snippet", found, ids=str)

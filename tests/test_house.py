@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import statistics
 import subprocess
@@ -39,9 +40,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 TORCH_FREE = ("spec", "registry", "resolve", "request", "signature", "hookspecs", "cli.main")
-
-# Modules that hold hooks are found by pluggy, not imported by name.
-HOOK_MODULE = "VAEPP_API"
 
 
 def sources(*folders: str) -> list[Path]:
@@ -178,17 +176,19 @@ def test_the_sdk_knows_no_strategy_and_no_model_by_name(path: Path) -> None:
 
 
 def public_names(path: Path) -> set[str]:
-    """What a module defines without a leading underscore; type variables are scaffolding."""
-    found: set[str] = set()
-    for node in tree(path).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            call = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if call not in ("TypeVar", "ParamSpec"):
-                found.update(target.id for target in targets if isinstance(target, ast.Name))
-    return {word for word in found if not word.startswith("_")}
+    """The functions and classes a module defines without a leading underscore."""
+    return {
+        node.name
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+def is_hook_module(path: Path) -> bool:
+    return any(
+        isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VAEPP_API"
+        for node in tree(path).body
+    )
 
 
 def exported(path: Path) -> list[str] | None:
@@ -205,15 +205,21 @@ def in_order(word: str) -> tuple[int, str]:
 
 @each_shipped_module
 def test_exports_are_sorted_and_complete(path: Path) -> None:
-    defined, words = public_names(path), exported(path)
-    if HOOK_MODULE in defined:
+    if is_hook_module(path):
         return
+    # `main` of a module that is run with `python -m` is its command, not something to import.
+    defined, words = public_names(path) - {"main"}, exported(path)
     if words is None:
         assert not defined, f"{name(path)} defines {sorted(defined)} and has no __all__"
         return
     assert words == sorted(set(words), key=in_order)
-    if path.name != "__init__.py":
-        assert set(words) == defined
+    module = importlib.import_module(importable(path))
+    assert [word for word in words if not hasattr(module, word)] == []
+    assert defined <= set(words), f"{name(path)}: __all__ lacks {sorted(defined - set(words))}"
+
+
+def importable(path: Path) -> str:
+    return module_name(path).removeprefix("strategies.").removeprefix("plugins.")
 
 
 def test_every_exported_name_can_be_imported() -> None:

@@ -15,7 +15,7 @@ from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.patch import Share
 
-__all__ = ["PatchPlan", "SharedCall", "plan_patches", "shared_calls"]
+__all__ = ["PatchPlan", "SharedCall", "cut", "plan_patches", "shared_calls"]
 
 _STATISTICS_BYTES = 2 * 8
 """A mean and a sum of squared deviations of one group, in float64."""

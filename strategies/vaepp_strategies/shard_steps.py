@@ -12,7 +12,7 @@ from vaepp_sdk.vae.trace import INPUT, UNKNOWN, LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Window, rows_before
 
-__all__ = ["COVERING", "ShardStep", "ShardSteps", "shard_steps", "visible_calls"]
+__all__ = ["COVERING", "ShardStep", "ShardSteps", "call_window", "shard_steps", "visible_calls"]
 
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions"]
 

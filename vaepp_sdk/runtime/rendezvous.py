@@ -12,7 +12,7 @@ from vaepp_sdk.runtime.work import Seat
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["join", "listen", "pick_device"]
+__all__ = ["join", "leave", "listen", "pick_device"]
 
 _LOOPBACK = "127.0.0.1"
 

@@ -15,7 +15,7 @@ from torch import nn
 from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
-__all__ = ["band_convolution", "convolution_window", "convolve_band", "convolve_rows"]
+__all__ = ["band_convolution", "convolution_window", "convolve_band", "convolve_rows", "last_rows"]
 
 Convolve = Callable[[torch.Tensor], torch.Tensor]
 
