@@ -161,7 +161,7 @@ def trace_layers(
     try:
         # Outside inference mode tensors count their versions, which show what is written in place.
         with torch.inference_mode(False), torch.no_grad(), recorder:
-            functional_call(_Run(vae, run), _meta_state(vae), (value,))
+            functional_call(_Run(vae, run), _meta_state(vae), (value,), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -184,8 +184,16 @@ def _after(recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
 
 
 def _meta_state(vae: nn.Module) -> dict[str, torch.Tensor]:
-    tensors = [*vae.named_parameters(), *vae.named_buffers()]
-    return {f"vae.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    """Shapes in place of every tensor that each module holds itself, once for each module.
+
+    A module registered under two names must not be given two: the second would be put back as its own.
+    """
+    state = {}
+    for prefix, module in vae.named_modules(prefix="vae"):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                state[f"{prefix}.{name}"] = torch.empty_like(tensor, device="meta")
+    return state
 
 
 def _dtype(vae: nn.Module) -> torch.dtype:
