@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from vaepp_sdk.errors import PeerError
 
-__all__ = ["Pending", "Recv", "Send", "Traffic", "VaeGroup"]
+__all__ = ["Pending", "Recv", "Send", "Traffic", "VaeGroup", "backend_of"]
 
 
 @attrs.frozen(eq=False)
@@ -65,6 +65,7 @@ class Pending:
     _what: str
     _works: list[tuple[dist.Work, int]]
     _copies: list[tuple[torch.Tensor, torch.Tensor]]
+    _device: torch.device
 
     def wait(self) -> None:
         """Wait for every message, at most the group's time limit for each.
@@ -74,7 +75,7 @@ class Pending:
         """
         for work, peer in self._works:
             try:
-                work.wait(self._group.timeout)
+                self._group.await_work(work, self._device)
             except RuntimeError as error:
                 raise PeerError(self._group.rank, [peer], self._what, _first_line(error)) from error
         for target, staged in self._copies:
@@ -155,7 +156,7 @@ class VaeGroup:
                     copies.append((recv.tensor, staged))
                 operations.append(self._operation(dist.irecv, staged, recv.source))
         if not operations:
-            return Pending(self, what, [], [])
+            return Pending(self, what, [], [], torch.device("cpu"))
         peers = [operation.group_peer for operation in operations]
         try:
             works = dist.batch_isend_irecv(operations)
@@ -163,7 +164,7 @@ class VaeGroup:
             raise PeerError(self.rank, sorted(set(peers)), what, _first_line(error)) from error
         # NCCL returns one work for the whole batch, gloo one for each message.
         named = list(zip(works, peers, strict=False)) if len(works) == len(peers) else [(works[0], peers[0])]
-        return Pending(self, what, named, copies)
+        return Pending(self, what, named, copies, operations[0].tensor.device)
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], what: str) -> None:
         """Post one batch of messages and wait for it; see `post`."""
@@ -183,7 +184,7 @@ class VaeGroup:
         try:
             work = dist.broadcast(staged, group=self.process_group, group_src=source, async_op=True)
             assert work is not None
-            work.wait(self.timeout)
+            self.await_work(work, staged.device)
         except RuntimeError as error:
             raise PeerError(self.rank, [source], what, _first_line(error)) from error
         if staged is not tensor:
@@ -204,15 +205,39 @@ class VaeGroup:
         self.exchange(sends, [Recv(found[peer], peer) for peer in others], what)
         return [found.get(peer, mine) for peer in range(ranks)]
 
+    def await_work(self, work: dist.Work, device: torch.device) -> None:
+        """Wait for one work of this group on tensors of `device`, at most the group's time limit.
+
+        NCCL work is awaited by the device's stream, so that the host runs ahead and messages hide behind
+        kernels; its limit is the process group's own timeout, kept by NCCL's watchdog. A limit given here
+        would block the host instead.
+        """
+        if backend_of(self.process_group, device) == "nccl":
+            work.wait()
+        else:
+            work.wait(self.timeout)
+
     def _operation(self, kind: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         assert tensor.is_contiguous(), "messages are contiguous tensors"
         return dist.P2POp(kind, tensor, group=self.process_group, group_peer=peer)
 
     def _staged(self, tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:
         """The tensor itself, or its image in host memory where the backend cannot read the device's."""
-        if tensor.device.type == "cpu" or dist.get_backend(self.process_group) != "gloo":
+        if tensor.device.type == "cpu" or backend_of(self.process_group, tensor.device) != "gloo":
             return tensor
         return tensor.cpu() if copy else torch.empty_like(tensor, device="cpu")
+
+
+def backend_of(group: dist.ProcessGroup | None, device: torch.device) -> str:
+    """The backend a process group uses for tensors of a device, as in `gloo`.
+
+    A group may have several, as `init_process_group("cpu:gloo,cuda:nccl")` makes it.
+    """
+    for pair in str(dist.get_backend_config(group)).split(","):
+        kind, _, backend = pair.partition(":")
+        if kind == device.type:
+            return backend
+    return str(dist.get_backend(group))
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import AgreementError, UnsupportedError, VaeppWarning
-from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.parallel.view import VaeGroup, backend_of
 from vaepp_sdk.registry import Registry, default_registry
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.chooser import AUTO, StrategyChooser
@@ -101,7 +101,8 @@ def _tell(message: str, group: dist.ProcessGroup | None) -> None:
 
 def _agree(settings: str, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
     """Compare settings over the group. As its first collective it also readies NCCL for point to point."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    cuda = torch.device("cuda")
+    device = cuda if backend_of(group, cuda) == "nccl" else torch.device("cpu")
     digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "big")
     mine = torch.tensor([digest], dtype=torch.int64, device=device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
