@@ -14,6 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from vaepp_strategies.shard_run import ShardStrategy
 
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.testing import run_ranks
@@ -21,7 +22,6 @@ from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import Direction, VaeFacts
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import trace_layers
-from vaepp_strategies.shard_run import ShardStrategy
 
 WIDTH = 8
 UP = ("up", "up block", "up bare")
@@ -129,7 +129,7 @@ class Stack:
 class StackAdapter(VaeAdapter):
     """Treats a stack as the decoder or the encoder of a VAE."""
 
-    def __init__(self, stack: nn.Module, factor: int, direction: Direction) -> None:
+    def __init__(self, stack: nn.Module, factor: int) -> None:
         self.vae = stack
         trace = trace_layers(stack, self.decode_window, (1, WIDTH, 8 * factor, 8 * factor))
         self._facts = VaeFacts(
@@ -150,12 +150,14 @@ class StackAdapter(VaeAdapter):
         result: torch.Tensor = self.vae(latent.clone())
         return result
 
-    encode_window = decode_window
+    def encode_window(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.decode_window(picture)
 
     def wrap_decode(self, sample: Any, return_dict: bool) -> Any:
         raise NotImplementedError
 
-    wrap_encode = wrap_decode
+    def wrap_encode(self, moments: Any, return_dict: bool) -> Any:
+        raise NotImplementedError
 
 
 LEVELS = st.lists(
@@ -189,7 +191,7 @@ def run_stacks(rank: int, cases: list[Stack]) -> list[tuple[float, bool, int]]:
     for case in cases:
         stack = case.build()
         scales = sum(kind in UP + DOWN for kind in case.kinds)
-        adapter = StackAdapter(stack, 2**scales, case.direction)
+        adapter = StackAdapter(stack, 2**scales)
         torch.manual_seed(case.seed)
         value = torch.randn(case.batch, WIDTH, *case.sides, dtype=torch.float64)
         strategy, group = ShardStrategy(), VaeGroup.over(None, case.ranks)
