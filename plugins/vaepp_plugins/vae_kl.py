@@ -43,7 +43,7 @@ class KLAdapter(VaeAdapter):
             decode_layers=self._decode_layers,
             encode_layers=self._encode_layers,
             # benchmarks/patch_halo.py, trained weights: the most a pixel at a seam is off, as a share of the
-            # range, is 2e-2 with 4 rows and 3e-5 with 8; one step of 8-bit pictures is 4e-3.
+            # range, is 4.5e-2 with 4 rows, 2e-3 with 6 and 4e-5 with 8; one step of 8-bit pictures is 4e-3.
             context=8,
         )
 

@@ -42,7 +42,7 @@ class TinyAdapter(VaeAdapter):
             decode_layers=self._decode_layers,
             encode_layers=self._encode_layers,
             # benchmarks/patch_halo.py, TAEF2: the most a pixel at a seam is off, as a share of the range, is
-            # 1e-2 with 8 rows and 1e-3 with 12; one step of 8-bit pictures is 4e-3.
+            # 2e-2 with 8 rows and 2.5e-3 with 12; one step of 8-bit pictures is 4e-3.
             context=12,
             # Its stride-2 convolutions are padded on both sides.
             encode_rounds_up=True,
