@@ -1,4 +1,4 @@
-"""Tiny VAEs of the classes beyond the KL family, with random weights and small tiles, built alike on every rank."""
+"""Tiny VAEs beyond the KL family, with random weights and small tiles, built alike on every rank."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def AutoencoderKLHunyuanImage() -> Any:
 
 
 def _wan(**config: Any) -> Any:
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **config
-    )
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **config)
     vae.enable_tiling(64, 64, 48, 48)
     return vae
 

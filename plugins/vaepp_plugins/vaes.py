@@ -19,6 +19,27 @@ def _always_patch(facts: VaeFacts, work: Work) -> str:
     return "patch"
 
 
+def _always_tile(facts: VaeFacts, work: Work) -> str:
+    """The only strategy validated for classes whose tiles cover every input, as one tile if need be."""
+    del facts, work
+    return "tile"
+
+
+_TILED = {
+    "AutoencoderDC": "vae_dc:DCAdapter",
+    "AutoencoderKLCogVideoX": "vae_cogvideox:CogVideoXAdapter",
+    "AutoencoderKLHunyuanImage": "vae_hunyuan:HunyuanImageAdapter",
+    "AutoencoderKLHunyuanVideo": "vae_hunyuan:HunyuanVideoAdapter",
+    "AutoencoderKLHunyuanVideo15": "vae_hunyuan:HunyuanVideo15Adapter",
+    "AutoencoderKLLTX2Video": "vae_ltx:LTX2VideoAdapter",
+    "AutoencoderKLLTXVideo": "vae_ltx:LTXVideoAdapter",
+    "AutoencoderKLMochi": "vae_mochi:MochiAdapter",
+    "AutoencoderKLQwenImage": "vae_wan:QwenImageAdapter",
+    "AutoencoderKLWan": "vae_wan:WanAdapter",
+}
+"""Classes beyond the KL family, each with its adapter."""
+
+
 def _entry(name: str, adapter: str, strategies: tuple[str, ...], pick: PickRule = tile_or_patch) -> VaeEntry:
     return VaeEntry(name=name, adapter=adapter, strategies=strategies, pick=pick)
 
@@ -31,3 +52,5 @@ def vaepp_register_vaes(register: Callable[[VaeEntry], None]) -> None:
     register(
         _entry("AutoencoderTiny", "vaepp_plugins.vae_tiny:TinyAdapter", ("patch", "shard"), _always_patch)
     )
+    for name, adapter in _TILED.items():
+        register(_entry(name, f"vaepp_plugins.{adapter}", ("tile",), _always_tile))

@@ -101,12 +101,11 @@ def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span
     if fires and grid.broken:
         raise UnsupportedError(f"{facts.vae_class} cannot {work.direction} in tiles: {grid.broken}")
     rows, columns = _axis(facts, work, grid, 0, fires), _axis(facts, work, grid, 1, fires)
-    least = min(span.length for span in (*rows, *columns))
-    if work.direction == "decode" and least < facts.least_latents:
+    latents = [span.length if work.direction == "decode" else span.out for span in (*rows, *columns)]
+    if min(latents) < grid.least:
         raise UnsupportedError(
-            f"{facts.vae_class} cannot decode a window of {least} latents along a side, which latents of "
-            f"{work.shape[-2]} x {work.shape[-1]} lead to: it takes {facts.least_latents} or more; "
-            "change the size or the tiles"
+            f"{facts.vae_class} cannot {work.direction} {work.shape[-2]} x {work.shape[-1]}: a tile would have a "
+            f"side of {min(latents)} latents, and it takes {grid.least} or more; change the size or the tiles"
         )
     return rows, columns
 

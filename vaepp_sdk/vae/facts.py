@@ -33,6 +33,7 @@ class TileGrid:
             a class that blends before it spreads patches over pixels.
         crops: True where the joined output is cropped to the size of the untiled one.
         pads: True where tiles are padded to whole latents before they are encoded.
+        least: the smallest side of a tile, or of a whole input, in latents.
         broken: why the class's own tiling fails in this direction; empty where it works.
         time: how long clips are cut first, or None where they are not.
     """
@@ -46,6 +47,7 @@ class TileGrid:
     grain: int = 1
     crops: bool = False
     pads: bool = False
+    least: int = 1
     broken: str = ""
     time: TimeTiles | None = None
 
@@ -91,7 +93,8 @@ class VaeFacts:
             statistics, cannot be seen, as measured on trained weights of the class.
         encode_rounds_up: whether encode keeps an incomplete last latent row or column, or drops it.
         encode_unit: encode takes only sides that are multiples of this.
-        least_latents: the smallest side of a latent that decode takes.
+        input_channels: channels of a picture to encode, where the configuration's `in_channels` counts
+            something else, such as patches of pixels; None where it is that.
         frames: how many frames come out; None is `FirstFrameAlone(temporal_ratio)`.
         frames_at_once: output frames that one decode works on at a time, for estimates; 0 is all of them.
     """
@@ -111,7 +114,7 @@ class VaeFacts:
     context: int = 12
     encode_rounds_up: bool = False
     encode_unit: int = 1
-    least_latents: int = 1
+    input_channels: int | None = None
     frames: FrameRule | None = None
     frames_at_once: int = 0
 

@@ -30,7 +30,8 @@ def check_input(facts: VaeFacts, direction: Direction, value: torch.Tensor, vae:
     name = "latents" if direction == "decode" else "pictures"
     channels = facts.latent_channels
     if direction == "encode":
-        channels = getattr(vae.config, "in_channels", facts.picture_channels)
+        configured: int = getattr(vae.config, "in_channels", facts.picture_channels)
+        channels = facts.input_channels or configured
     axes = ["batch", str(channels), *(["frames"] if facts.temporal_ratio else []), "rows", "columns"]
     wanted = f"{facts.vae_class}.{direction} takes {name} of shape ({', '.join(axes)})"
     shape = tuple(value.shape)

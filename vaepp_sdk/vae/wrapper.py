@@ -11,6 +11,7 @@ from torch import nn
 from vaepp_sdk.errors import RunError
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
+from vaepp_sdk.vae.arguments import CallArguments, read_arguments
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.facts import Direction
 from vaepp_sdk.vae.inputs import check_input
@@ -79,49 +80,41 @@ class ParallelVAE(nn.Module):
             delattr(self.vae, name)
 
     @torch.no_grad()
-    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None, **extra: Any) -> Any:
-        """Decode latents, the same on every rank; see the wrapped class.
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode latents, the same on every rank.
 
-        Args:
-            z: `(batch, latent channels, [frames,] rows, columns)`, in the VAE's dtype.
-            return_dict: as in the wrapped class.
-            generator: accepted as the wrapped class accepts it; decoding draws no random numbers.
-            extra: refused: an argument this drop-in does not know would be lost.
+        Takes and returns what the wrapped class's own `decode` does, latents of shape
+        `(batch, latent channels, [frames,] rows, columns)` in the VAE's dtype first. A generator has no
+        effect: decoding draws no random numbers.
 
         Raises:
+            TypeError: the wrapped class's `decode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
             PeerError: another rank is gone or did not answer in time.
         """
-        del generator
-        self._refuse("decode", extra)
-        return self._adapter.wrap_decode(self._run("decode", z), return_dict)
+        call = read_arguments(self.vae.decode, type(self.vae).__name__, args, kwargs)
+        return self._adapter.wrap_decode(self._run("decode", call), call.return_dict)
 
     @torch.no_grad()
-    def encode(self, x: torch.Tensor, return_dict: bool = True, **extra: Any) -> Any:
-        """Encode pictures, the same on every rank; see the wrapped class.
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode pictures, the same on every rank.
 
-        Args:
-            x: `(batch, picture channels, [frames,] rows, columns)`, in the VAE's dtype.
-            return_dict: as in the wrapped class.
-            extra: refused.
+        Takes and returns what the wrapped class's own `encode` does, pictures of shape
+        `(batch, picture channels, [frames,] rows, columns)` in the VAE's dtype first.
 
         Raises:
+            TypeError: the wrapped class's `encode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
             PeerError: another rank is gone or did not answer in time.
         """
-        self._refuse("encode", extra)
-        return self._adapter.wrap_encode(self._run("encode", x), return_dict)
+        call = read_arguments(self.vae.encode, type(self.vae).__name__, args, kwargs)
+        return self._adapter.wrap_encode(self._run("encode", call), call.return_dict)
 
     def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Refused: a round trip would need the posterior on every rank; call `encode` and `decode`."""
         raise NotImplementedError("call encode() and decode() of a parallel VAE, not the module itself")
 
-    def _refuse(self, method: str, extra: dict[str, Any]) -> None:
-        if extra:
-            names = ", ".join(sorted(extra))
-            raise TypeError(f"{method}() of a parallel {type(self.vae).__name__} does not take {names}")
-
-    def _run(self, direction: Direction, value: torch.Tensor) -> torch.Tensor | ShardedSample:
+    def _run(self, direction: Direction, call: CallArguments) -> torch.Tensor | ShardedSample:
         if not self._busy.acquire(blocking=False):
             raise RunError(
                 f"this parallel {type(self.vae).__name__} is already running in another thread; "
@@ -130,14 +123,16 @@ class ParallelVAE(nn.Module):
         try:
             _onload(self)
             _onload(self.vae)
+            value = call.value
             check_input(self._adapter.facts(), direction, value, self.vae)
+            adapter = self._adapter.with_arguments(direction, call.further)
             slices = value.split(1) if self._adapter.vae.use_slicing and value.shape[0] > 1 else [value]
-            return self._result([self._one(direction, part) for part in slices], value)
+            return self._result([self._one(adapter, direction, part) for part in slices], value)
         finally:
             self._busy.release()
 
-    def _one(self, direction: Direction, value: torch.Tensor) -> Landed:
-        facts = self._adapter.facts()
+    def _one(self, adapter: VaeAdapter, direction: Direction, value: torch.Tensor) -> Landed:
+        facts = adapter.facts()
         work = Work(
             direction=direction,
             shape=tuple(value.shape),
@@ -146,10 +141,10 @@ class ParallelVAE(nn.Module):
             world_size=self._group.world_size,
             output=self._output,
         )
-        strategy, plan = self._chooser.plan(self._adapter, facts, work)
+        strategy, plan = self._chooser.plan(adapter, facts, work)
         self.last_plan = plan
         run = strategy.decode if direction == "decode" else strategy.encode
-        return run(self._adapter, value, self._group, plan)
+        return run(adapter, value, self._group, plan)
 
     def _result(self, landed: list[Landed], value: torch.Tensor) -> torch.Tensor | ShardedSample:
         """One result of all slices: the whole output, an empty batch, or this rank's pieces."""
