@@ -47,7 +47,7 @@ class Job:
 
 
 def measure(rank: int, job: Job) -> dict[str, Any]:
-    """One rank's peak, work, time and traffic."""
+    """One rank's peak, work, CPU time and traffic."""
     dtype = getattr(torch, job.dtype)
     torch.manual_seed(0)
     case = Case(
@@ -103,10 +103,10 @@ def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, A
 
 @torch.no_grad()
 def _counted(run: Any) -> dict[str, Any]:
-    start = time.perf_counter()
+    start = time.process_time()
     with LiveBytes() as live, FlopCounterMode(display=False) as work:
         run()
-    return {"peak": live.peak, "work": work.get_total_flops(), "seconds": time.perf_counter() - start}
+    return {"peak": live.peak, "work": work.get_total_flops(), "seconds": time.process_time() - start}
 
 
 def row(job: Job, parts: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def row(job: Job, parts: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict
         "ranks": len(parts),
         "peak x ranks": max(part["peak"] for part in parts) / base["peak"] * len(parts),
         "work x ranks": max(part["work"] for part in parts) / base["work"] * len(parts),
-        "x time": max(part["seconds"] for part in parts) / base["seconds"],
+        "x cpu time": max(part["seconds"] for part in parts) / base["seconds"],
         "rounds": sent.get("rounds", 0),
         "messages": sent.get("messages", 0),
         "MiB": sent.get("bytes", 0) / MIB,
@@ -133,7 +133,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line]
         print("  ".join(cell.rjust(12) for cell in cells))
     print("\nThe busiest rank's figures; messages and MiB are those of the rank that sends most.")
-    print("time: ranks share this machine's cores, and both counters slow every run down.")
+    print("cpu time: seconds of computing, waiting excluded; both counters slow every run down.")
 
 
 def main() -> None:
