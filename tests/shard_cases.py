@@ -11,6 +11,7 @@ import torch
 from counted import counted
 from diffusers import AutoencoderTiny
 from vae_models import tiny_flux2, tiny_kl
+from vae_zoo import build
 
 from vaepp_sdk import parallelize_vae
 from vaepp_sdk.testing import run_ranks
@@ -30,7 +31,13 @@ def tiny_autoencoder(*, dtype: torch.dtype = torch.float32, **config: Any) -> An
     return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {"kl": tiny_kl, "flux2": tiny_flux2, "tiny": tiny_autoencoder}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "kl": tiny_kl,
+    "flux2": tiny_flux2,
+    "tiny": tiny_autoencoder,
+    "dc": lambda dtype: build("AutoencoderDC", dtype),
+    "hunyuan image": lambda dtype: build("AutoencoderKLHunyuanImage", dtype),
+}
 
 
 @attrs.frozen

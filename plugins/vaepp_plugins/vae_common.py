@@ -13,6 +13,7 @@ from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import Direction, TileGrid
 from vaepp_sdk.vae.frames import TimeTiles
 from vaepp_sdk.vae.landing import ShardedSample
+from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 
 __all__ = ["Adapter", "strided_grid", "strided_time"]
 
@@ -30,12 +31,27 @@ class Adapter(VaeAdapter):
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
+        self._traces: dict[Direction, LayerTrace] = {}
 
     def on_tiles(self) -> Self:
         """See `VaeAdapter.on_tiles`."""
         adapter = copy.copy(self)
         adapter.tiled = True
         return adapter
+
+    def picture_layers(self, direction: Direction, channels: int, ratio: int) -> LayerTrace:
+        """The layers that one decode or encode of a picture calls, traced once.
+
+        Args:
+            direction: decode or encode.
+            channels: channels of the input.
+            ratio: pixels per latent along each side.
+        """
+        if direction not in self._traces:
+            side = 8 if direction == "decode" else 8 * ratio
+            run = self.decode_window if direction == "decode" else self.encode_window
+            self._traces[direction] = trace_layers(self.vae, run, (1, channels, side, side))
+        return self._traces[direction]
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.decode_window`."""

@@ -25,9 +25,10 @@ class HunyuanImageAdapter(Adapter):
         config, vae = self.vae.config, self.vae
         latent, sample = (vae.tile_latent_min_size,) * 2, (vae.tile_sample_min_size,) * 2
         encode = TileGrid.overlapping(sample, latent, vae.tile_overlap_factor)
+        ratio = config.spatial_compression_ratio
         return VaeFacts(
             vae_class=type(vae).__name__,
-            spatial_ratio=config.spatial_compression_ratio,
+            spatial_ratio=ratio,
             latent_channels=config.latent_channels,
             picture_channels=config.out_channels,
             moment_channels=2 * config.latent_channels,
@@ -35,7 +36,9 @@ class HunyuanImageAdapter(Adapter):
             decode_tiles=TileGrid.overlapping(latent, sample, vae.tile_overlap_factor),
             encode_tiles=attrs.evolve(encode, broken=_BROKEN),
             peak_values_per_pixel=3.0 * config.block_out_channels[0],
-            encode_unit=config.spatial_compression_ratio,
+            encode_unit=ratio,
+            decode_layers=self.picture_layers("decode", config.latent_channels, ratio),
+            encode_layers=self.picture_layers("encode", config.in_channels, ratio),
         )
 
 

@@ -39,6 +39,9 @@ _TILED = {
 }
 """Classes beyond the KL family, each with its adapter."""
 
+_SHARDED = ("AutoencoderDC", "AutoencoderKLHunyuanImage")
+"""Those of them that `shard` was validated for."""
+
 
 def _entry(name: str, adapter: str, strategies: tuple[str, ...], pick: PickRule = tile_or_patch) -> VaeEntry:
     return VaeEntry(name=name, adapter=adapter, strategies=strategies, pick=pick)
@@ -53,4 +56,5 @@ def vaepp_register_vaes(register: Callable[[VaeEntry], None]) -> None:
         _entry("AutoencoderTiny", "vaepp_plugins.vae_tiny:TinyAdapter", ("patch", "shard"), _always_patch)
     )
     for name, adapter in _TILED.items():
-        register(_entry(name, f"vaepp_plugins.{adapter}", ("tile",), _always_tile))
+        strategies = ("tile", "shard") if name in _SHARDED else ("tile",)
+        register(_entry(name, f"vaepp_plugins.{adapter}", strategies, _always_tile))

@@ -6,18 +6,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    SanaMultiscaleAttnProcessor2_0,
+    SanaMultiscaleLinearAttention,
+)
+from diffusers.models.autoencoders import autoencoder_dc as dc
+from diffusers.models.autoencoders import autoencoder_kl_hunyuanimage as hunyuan
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanImageAttentionBlock
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.attention import shared_attention
-from vaepp_strategies.layers.band_attention import band_attention
+from vaepp_strategies.layers.band_attention import band_attention, band_attention_block
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution, convolution_window
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
+from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
 from vaepp_strategies.shard_plan import ShardPlan
@@ -69,15 +79,38 @@ def _attention(layer: Attention) -> str | None:
     return KNOWN_LAYERS[Attention](layer)
 
 
+def _linear_attention(layer: SanaMultiscaleLinearAttention) -> str | None:
+    if type(layer.processor) is not SanaMultiscaleAttnProcessor2_0:
+        return f"its processor is a {type(layer.processor).__name__}"
+    return None if layer.norm_type == "rms_norm" else f"its normalisation is {layer.norm_type}"
+
+
+def _upsamples_nearest(layer: dc.DCUpBlock2d) -> str | None:
+    mode = layer.interpolation_mode
+    return f"its mode is {mode!r}" if layer.interpolate and mode != "nearest" else None
+
+
+def _good(layer: nn.Module) -> str | None:
+    del layer
+    return None
+
+
 SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     nn.Conv2d: _convolution,
-    nn.GroupNorm: KNOWN_LAYERS[nn.GroupNorm],
+    nn.GroupNorm: _good,
     nn.Upsample: _upsample,
     Upsample2D: _upsample_block,
     Downsample2D: _downsample_block,
     Attention: _attention,
+    HunyuanImageAttentionBlock: _good,
+    SanaMultiscaleLinearAttention: _linear_attention,
+    # Not replaced: they move channels, or pixels of one latent, and call layers that are.
+    dc.DCUpBlock2d: _upsamples_nearest,
+    **dict.fromkeys((dc.Encoder, dc.Decoder, dc.ResBlock, dc.DCDownBlock2d, GLUMBConv, RMSNorm), _good),
+    **dict.fromkeys((hunyuan.HunyuanImageEncoder2D, hunyuan.HunyuanImageDecoder2D), _good),
+    **dict.fromkeys((hunyuan.HunyuanImageDownsample, hunyuan.HunyuanImageUpsample), _good),
 }
-"""Layers replaced on a band, each with its check; others must work position by position."""
+"""Layers known to work on a band, each with its check; others must work position by position."""
 
 
 def refused_layers(trace: LayerTrace, vae: nn.Module) -> list[str]:
@@ -104,7 +137,9 @@ def band_forwards(
         layer = vae.get_submodule(call.name)
         step, give = steps.get(call.name), given.get(call.name, NO_ROWS)
         forward = _forward(layer, call.name, bands, step, give) or (
-            band_pointwise(layer, bands) if index not in outer else None
+            band_pointwise(layer, bands, NO_ROWS if step is None else step.reach, call.name)
+            if index not in outer
+            else None
         )
         if forward is not None:
             found[layer] = forward
@@ -127,6 +162,11 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, give: 
         return band_upsample_block(layer, bands, reach, name)
     if isinstance(layer, Downsample2D):
         return band_downsample(layer, bands, name)
+    if isinstance(layer, SanaMultiscaleLinearAttention):
+        return band_linear_attention(layer, bands)
+    if isinstance(layer, HunyuanImageAttentionBlock):
+        assert step is not None, "every attention exchanges"
+        return band_attention_block(layer, bands, step.scale)
     if isinstance(layer, Attention):
         assert step is not None, "every attention exchanges"
         return band_attention(layer, bands, step.scale) if step.groups else shared_attention(layer, bands)

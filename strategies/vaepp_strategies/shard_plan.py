@@ -20,6 +20,9 @@ __all__ = ["ShardPlan", "plan_shards"]
 _MOMENT_BYTES = 2 * 8
 """A mean and a sum of squared deviations of one group, in float64."""
 
+_SUM_BYTES = 4
+"""One float32."""
+
 
 @attrs.frozen(kw_only=True)
 class ShardPlan(WorkPlan):
@@ -131,7 +134,7 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
     positions = plan.parts.core_length(source, step.scale) * across if step.width else 0
     values = rows * across * step.channels + positions * step.width
-    return batch * (values * itemsize + step.groups * _MOMENT_BYTES)
+    return batch * (values * itemsize + step.groups * _MOMENT_BYTES + step.sums * _SUM_BYTES)
 
 
 def _peaks(parts: Parts, facts: VaeFacts, work: Work) -> tuple[int, ...]:

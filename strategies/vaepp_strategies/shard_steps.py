@@ -14,10 +14,15 @@ from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Win
 
 __all__ = ["COVERING", "ShardStep", "ShardSteps", "call_window", "shard_steps", "visible_calls"]
 
-StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions"]
+StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "sums"]
 
-COVERING = ("Attention", "Downsample2D")
-"""Layers replaced as a whole: of what they call, only normalisations are looked at."""
+COVERING = {
+    "Attention": ("GroupNorm",),
+    "Downsample2D": (),
+    "HunyuanImageAttentionBlock": (),
+    "SanaMultiscaleLinearAttention": ("Conv2d",),
+}
+"""Layers replaced as a whole, each with the kinds of layer that it still calls and that exchange themselves."""
 
 _GIVERS = ("GroupNorm", "Upsample", "Upsample2D")
 """Layers that can fetch the rows which a later layer needs."""
@@ -35,6 +40,7 @@ class ShardStep:
         reach: the neighbours' rows that are fetched.
         groups: groups of the normalisation whose statistics are exchanged.
         width: values of each own position that every other rank gets.
+        sums: float32 values of each picture that are summed over the ranks.
     """
 
     name: str
@@ -44,6 +50,7 @@ class ShardStep:
     reach: Reach = NO_ROWS
     groups: int = 0
     width: int = 0
+    sums: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -106,8 +113,7 @@ def visible_calls(trace: LayerTrace) -> Iterator[tuple[int, LayerCall]]:
     """
     for index, call in enumerate(trace.calls):
         covering = [at for at in _enclosing(trace, index) if trace.calls[at].kind in COVERING]
-        own_norm = call.kind == "GroupNorm" and not any(_own_groups(trace, at) for at in covering)
-        if not covering or own_norm:
+        if all(call.kind in COVERING[trace.calls[at].kind] and not _own_groups(trace, at) for at in covering):
             yield index, call
 
 
@@ -117,7 +123,8 @@ def _own_groups(trace: LayerTrace, index: int) -> int:
     Any other attention exchanges keys and values, after a normalisation that exchanges on its own.
     """
     call = trace.calls[index]
-    if call.kind != "Attention" or call.setting("heads") != 1:
+    single = call.kind == "HunyuanImageAttentionBlock" or call.setting("heads") == 1
+    if call.kind not in ("Attention", "HunyuanImageAttentionBlock") or not single:
         return 0
     inner = (other for other in trace.calls[index + 1 :] if other.inside == index)
     return next((int(norm.setting("num_groups")) for norm in inner if norm.kind == "GroupNorm"), 0)
@@ -142,7 +149,8 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
             continue
         giver = _giver(trace, index, reach)
         if giver is None:
-            own[index] = reach
+            fetcher = _fetcher(trace, index)
+            own[fetcher] = own.get(fetcher, NO_ROWS).joined(reach)
         else:
             given[giver] = given.get(giver, NO_ROWS).joined(reach)
     return own, given
@@ -170,6 +178,20 @@ def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:
             return None
         source = call.source
     return INPUT if source == INPUT else None
+
+
+def _fetcher(trace: LayerTrace, index: int) -> int:
+    """The call that fetches rows for this one: this one, or one before it whose input has fewer channels.
+
+    Between the two stand only layers that work position by position, so the rows can go through them.
+    """
+    best, source = index, _source(trace, index)
+    while source >= 0 and _passes_through(trace, source):
+        call = trace.calls[source]
+        if call.kind == "Conv2d" and call.in_shape[1] < trace.calls[best].in_shape[1]:
+            best = source
+        source = call.source
+    return best
 
 
 def _source(trace: LayerTrace, index: int) -> int:
@@ -226,15 +248,28 @@ def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> Shard
         return ShardStep(
             name=call.name, kind="statistics", scale=scale, channels=channels, reach=reach, groups=groups
         )
+    groups = _own_groups(trace, index)
+    if groups:
+        kind: StepKind = "statistics and positions"
+        return ShardStep(name=call.name, kind=kind, scale=scale, groups=groups, width=call.in_shape[1])
     if call.kind == "Attention":
-        groups, width = _own_groups(trace, index), int(call.setting("inner_kv_dim"))
-        if groups:
-            kind: StepKind = "statistics and positions"
-            return ShardStep(name=call.name, kind=kind, scale=scale, groups=groups, width=call.in_shape[1])
-        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=2 * width)
+        width = 2 * int(call.setting("inner_kv_dim"))
+        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=width)
+    if call.kind == "SanaMultiscaleLinearAttention":
+        return ShardStep(name=call.name, kind="sums", scale=scale, sums=_linear_sums(trace, index))
     if reach:
         return ShardStep(name=call.name, kind="halo", scale=scale, channels=channels, reach=reach)
     return None
+
+
+def _linear_sums(trace: LayerTrace, index: int) -> int:
+    """The values of all heads' products of values and keys, and of their keys' sums."""
+    inner = next(call for call in trace.calls[index + 1 :] if call.inside == index and call.kind == "Linear")
+    scales = 1 + sum(
+        call.inside == index and call.kind == "SanaMultiscaleAttentionProjection" for call in trace.calls
+    )
+    head = int(trace.calls[index].setting("attention_head_dim"))
+    return scales * inner.out_shape[-1] // head * head * (head + 1)
 
 
 def _scale(trace: LayerTrace, index: int) -> Scale:
@@ -247,7 +282,7 @@ def _scale(trace: LayerTrace, index: int) -> Scale:
 
 def _moment(trace: LayerTrace, index: int) -> tuple[int, int]:
     """When a call exchanges: attention after the normalisation that it calls."""
-    if trace.calls[index].kind != "Attention":
+    if trace.calls[index].kind not in COVERING:
         return index, -index
     inner = [at for at in range(index + 1, len(trace.calls)) if index in _enclosing(trace, at)]
     return max([index, *inner]), -index

@@ -53,6 +53,19 @@ CASES = [
     Case((33, 66), direction="encode", vae="tiny"),
     Case((8, 17), direction="encode", output="rank0"),
 ]
+MORE = [
+    Case((21, 12), vae="hunyuan image", dtype=F64),
+    Case((9, 25), vae="hunyuan image", batch=2, output="rank0"),
+    Case((20, 8), vae="hunyuan image", dtype=BF16),
+    Case((72, 48), vae="hunyuan image", direction="encode", dtype=F64),
+    Case((40, 76), vae="hunyuan image", direction="encode", output="sharded"),
+    Case((19, 12), vae="dc"),
+    Case((9, 26), vae="dc", batch=2, output="rank0"),
+    Case((14, 16), vae="dc", dtype=BF16),
+    Case((2, 1), vae="dc", active=1),  # so few positions that the class itself attends quadratically
+    Case((76, 48), vae="dc", direction="encode"),
+    Case((32, 76), vae="dc", direction="encode", batch=2, output="sharded"),
+]
 PART = [
     Case((37, 6), size=2, active=2),
     Case((6, 38), size=3, output="rank0", active=3),
@@ -62,7 +75,7 @@ PART = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES), (4, CASES + PART)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES + MORE), (4, CASES + MORE + PART)])
 def test_the_result_is_the_untiled_one_up_to_rounding(world_size: int, cases: list[Case]) -> None:
     check_cases(world_size, cases)
 

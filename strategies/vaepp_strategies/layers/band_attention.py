@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
 
-__all__ = ["band_attention"]
+__all__ = ["band_attention", "band_attention_block"]
+
+Project = Callable[[torch.Tensor], torch.Tensor]
 
 
 def band_attention(attention: Any, bands: Bands, scale: Scale) -> Callable[..., torch.Tensor]:
@@ -33,20 +36,60 @@ def band_attention(attention: Any, bands: Bands, scale: Scale) -> Callable[..., 
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         own, everyone = _normalised(attention.group_norm, hidden_states.contiguous(), bands, scale)
-        # One head: a query against a position is this vector against the position itself.
-        query = attention.to_q(own) @ attention.to_k.weight
-        mixed = F.scaled_dot_product_attention(
-            query[:, None], everyone[:, None], everyone[:, None], scale=attention.inner_dim**-0.5
-        )[:, 0]
-        mixed = attention.to_out[1](attention.to_out[0](attention.to_v(mixed)))
-        # Contiguous: transposed strides would reach the next convolutions and switch them to other kernels.
-        result = mixed.transpose(1, 2).reshape(hidden_states.shape).contiguous()
+        mixed = _mix(attention.to_q(own), everyone, attention.to_k.weight)
+        result = _picture(attention.to_out[1](attention.to_out[0](attention.to_v(mixed))), hidden_states)
         if attention.residual_connection:
             result = result + hidden_states
         scaled: torch.Tensor = result / attention.rescale_output_factor
         return scaled
 
     return forward
+
+
+def band_attention_block(block: Any, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for `HunyuanImageAttentionBlock`, whose projections are 1x1 convolutions.
+
+    Args:
+        block: the layer.
+        bands: this rank's band.
+        scale: the resolution of its input.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        own, everyone = _normalised(block.norm, values.contiguous(), bands, scale)
+        query = _project(block.to_q, own)
+        mixed = _mix(query, everyone, block.to_k.weight.flatten(1))
+        return _picture(_project(block.proj, _project(block.to_v, mixed)), values) + values
+
+    return forward
+
+
+def _project(convolution: nn.Conv2d, tokens: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution of `(batch, positions, channels)`."""
+    return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
+
+
+def _mix(query: torch.Tensor, everyone: torch.Tensor, key_weight: torch.Tensor) -> torch.Tensor:
+    """Each own position's mean of everyone's, weighted by softmax: `(batch, positions, channels)`.
+
+    Args:
+        query: own queries, `(batch, own positions, inner width)`.
+        everyone: everyone's normalised positions, `(batch, positions, channels)`.
+        key_weight: the weight of the key projection, `(inner width, channels)`.
+    """
+    # One head: a query against a position's key is this vector against the position itself.
+    query, scale = query @ key_weight, query.shape[-1] ** -0.5
+    return F.scaled_dot_product_attention(query[:, None], everyone[:, None], everyone[:, None], scale=scale)[
+        :, 0
+    ]
+
+
+def _picture(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(batch, positions, channels)` in the shape of `like`.
+
+    Contiguous: transposed strides would reach the next convolutions and switch them to other kernels.
+    """
+    return tokens.transpose(1, 2).reshape(like.shape).contiguous()
 
 
 def _normalised(

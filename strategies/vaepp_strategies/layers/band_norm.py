@@ -50,12 +50,21 @@ def band_group_norm(
     return forward
 
 
-def band_pointwise(layer: nn.Module, bands: Bands) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for a layer that works position by position, on a band and on the rows carried with it."""
+def band_pointwise(
+    layer: nn.Module, bands: Bands, reach: Reach, name: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for a layer that works position by position, on a band and on the rows around it.
+
+    Args:
+        layer: the layer.
+        bands: this rank's band.
+        reach: the rows to fetch for a later layer, where fewer bytes move before this one than behind it.
+        name: names the exchange in errors.
+    """
     own = type(layer).forward
 
     def forward(values: torch.Tensor) -> torch.Tensor:
-        halo = bands.carried(values)
+        halo = bands.fetch(values, reach, name) if reach else bands.carried(values)
         result: torch.Tensor = own(layer, values)
         if halo is not None:
             bands.carry(result, halo.mapped(lambda rows: own(layer, rows)))
