@@ -22,7 +22,7 @@ COVERING = {
     "HunyuanImageAttentionBlock": (),
     "SanaMultiscaleLinearAttention": ("Conv2d",),
 }
-"""Layers replaced as a whole, each with the kinds of layer that it still calls and that exchange themselves."""
+"""Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""
 
 _GIVERS = ("GroupNorm", "Upsample", "Upsample2D")
 """Layers that can fetch the rows which a later layer needs."""

@@ -16,9 +16,9 @@ __all__ = ["band_linear_attention"]
 def band_linear_attention(attention: Any, bands: Bands) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward for diffusers' `SanaMultiscaleLinearAttention`.
 
-    Its keys and values meet in one small matrix for each head, a sum over positions, so that each rank adds its
-    own part. Where a picture has so few positions that the layer itself turns to the quadratic form, the linear
-    one gives the same numbers up to rounding. The depthwise convolutions that it calls must be replaced too.
+    Its keys and values meet in one small matrix for each head, a sum over positions, so that each rank adds
+    its own part. Where a picture has so few positions that the layer itself turns to the quadratic form, the
+    linear one gives the same numbers up to rounding. The convolutions that it calls must be replaced too.
 
     Args:
         attention: the layer.
@@ -32,7 +32,9 @@ def band_linear_attention(attention: Any, bands: Bands) -> Callable[[torch.Tenso
         mixed = bands.sum(mine, "products of values and keys") @ query
         mixed = mixed[:, :, :-1] / (mixed[:, :, -1:] + attention.eps)
         mixed = mixed.to(hidden_states.dtype).reshape(hidden_states.shape[0], -1, *hidden_states.shape[-2:])
-        result = attention.norm_out(attention.to_out(mixed.movedim(1, -1))).movedim(-1, 1).contiguous()
+        result: torch.Tensor = (
+            attention.norm_out(attention.to_out(mixed.movedim(1, -1))).movedim(-1, 1).contiguous()
+        )
         return result + hidden_states if attention.residual_connection else result
 
     return forward
@@ -41,7 +43,7 @@ def band_linear_attention(attention: Any, bands: Bands) -> Callable[[torch.Tenso
 def _projected(
     attention: Any, hidden_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of every scale and head, `(batch, heads, head width, positions)`, in float32."""
+    """Queries, keys and values of every scale, `(batch, heads, head width, positions)`, in float32."""
     last = hidden_states.movedim(1, -1)
     joined = torch.cat([attention.to_q(last), attention.to_k(last), attention.to_v(last)], dim=-1).movedim(
         -1, 1
