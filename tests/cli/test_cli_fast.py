@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +124,20 @@ def test_check_says_what_would_run(
     assert (found["vae_size"], found["pipeline_class"]) == (1, "ZImagePipeline")
     assert main([spec, "--check", "--set", "call.seed=-1"]) == 2
     assert "$.call.seed" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as gone:
+        command = [
+            sys.executable,
+            "-c",
+            "from vaepp_sdk.cli.main import entry_point; entry_point()",
+            "--schema",
+        ]
+        ran = subprocess.run(
+            command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    assert ran.returncode == 128 + signal.SIGPIPE
+    assert ran.stderr == ""

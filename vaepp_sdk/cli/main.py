@@ -48,9 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     with _signals_raise(), _warnings_in_one_line():
         try:
             code: int = _command(options)
+            sys.stdout.flush()
         except VaeppError as error:
             complain(str(error), *getattr(error, "__notes__", ()))
             return error.exit_code
+        except BrokenPipeError:
+            # Whoever read our output has gone; what is left in the buffer must not fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except _SignalledError as error:

@@ -72,6 +72,19 @@ class PipelineSpec:
             del tables["output"]
         return tables
 
+    def to_shareable(self) -> dict[str, Any]:
+        """What made a picture, for the picture's own metadata: no path of the machine that made it.
+
+        A local model is named by its folder alone; where pictures went and how long waits may last are left
+        out.
+        """
+        tables = self.to_dict()
+        tables.pop("output", None)
+        del tables["limits"]
+        if self.model.folder is not None:
+            tables["model"]["id"] = self.model.folder.name
+        return tables
+
 
 def _open(source: object) -> tuple[Mapping[str, Any], str, Path]:
     """The tables behind a source, its name for messages, and the folder relative paths start from."""
