@@ -67,6 +67,8 @@ class StrategyEntry:
         promise: what it guarantees and against which reference, in one sentence.
         options: the settings it takes.
         uses_tiling: True where the VAE's own tiling must be on for it to do its work.
+        single_rank_options: options that make it do on one rank what the plain VAE does not, where they
+            are not at their defaults.
         validated_for: VAE classes and pipelines of other plugins, by name, that this strategy's author has
             validated it for; it joins the strategies their entries allow.
     """
@@ -76,7 +78,13 @@ class StrategyEntry:
     promise: str
     options: tuple[Option, ...] = ()
     uses_tiling: bool = False
+    single_rank_options: tuple[str, ...] = ()
     validated_for: tuple[str, ...] = ()
+
+    def serves_one_rank(self, options: Mapping[str, Any]) -> bool:
+        """Whether it has work to do where one rank does all the VAE's work, given its options."""
+        defaults = {option.name: option.default for option in self.options}
+        return any(options.get(name, defaults[name]) != defaults[name] for name in self.single_rank_options)
 
 
 @attrs.frozen(kw_only=True)

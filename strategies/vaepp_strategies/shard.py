@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vaepp_sdk import StrategyEntry, hookimpl
+from vaepp_sdk import Option, StrategyEntry, hookimpl
 
 VAEPP_API = 1
 
@@ -14,6 +14,21 @@ _ENTRY = StrategyEntry(
     promise=(
         "equal up to rounding to the untiled decode or encode on one rank; no seam and no repeated work"
     ),
+    options=(
+        Option(
+            name="row_blocks",
+            kind="integer",
+            default=1,
+            minimum=1,
+            help="Blocks of rows in which each rank runs its largest layers; more blocks lower the peak.",
+        ),
+        Option(
+            name="peak_limit",
+            kind="string",
+            help='The most live bytes of a rank, weights excluded, as in "6GiB"; chooses row_blocks itself.',
+        ),
+    ),
+    single_rank_options=("row_blocks", "peak_limit"),
 )
 
 

@@ -13,7 +13,10 @@ from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
-from vaepp_strategies.shard_steps import ShardStep, shard_steps
+from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
+from vaepp_strategies.shard_memory import BandMemory
+from vaepp_strategies.shard_stages import layer_sequence
+from vaepp_strategies.shard_steps import ShardStep, ShardSteps, shard_steps
 
 __all__ = ["ShardPlan", "plan_shards"]
 
@@ -30,18 +33,20 @@ class ShardPlan(WorkPlan):
 
     Attributes:
         parts: the active ranks' bands, in input units.
-        steps: what layers exchange, in order; empty where one rank does all the work.
+        steps: what layers exchange, in order; empty where one rank does all the work in one piece.
         given: rows around a layer's output that a later layer reads, by the layer's name.
         input_reach: rows around a band of the input that its first layer reads.
+        blocks: how layers are run in row blocks, or None. No work is repeated by them.
     """
 
     parts: Parts
     steps: tuple[ShardStep, ...]
     given: tuple[tuple[str, Reach], ...]
     input_reach: Reach
+    blocks: BlockPlan | None = None
 
 
-def plan_shards(facts: VaeFacts, work: Work) -> ShardPlan:
+def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None) -> ShardPlan:
     """Cut the longer side of the latent into bands, and list every message.
 
     Where a side has fewer rows than the ranks would need, the surplus ranks get no band.
@@ -49,10 +54,11 @@ def plan_shards(facts: VaeFacts, work: Work) -> ShardPlan:
     Args:
         facts: the VAE.
         work: what is asked.
+        row_blocks: what is asked of row blocks; None runs layers in one piece.
 
     Raises:
         UnsupportedError: the input has a frame axis or no pixel, or the adapter does not say which layers it
-            calls.
+            calls; or its layers cannot be run in row blocks, or not within the limit.
     """
     trace = facts.layers(work.direction)
     if len(work.shape) != 4 or facts.temporal_ratio or trace is None:
@@ -65,17 +71,19 @@ def plan_shards(facts: VaeFacts, work: Work) -> ShardPlan:
     exchanges = shard_steps(trace)
     parts = _cut(facts, work, exchanges.shortest_band)
     out_shape = facts.out_shape(work.direction, work.shape)
+    blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
     plan = ShardPlan(
         strategy="shard",
         work=work,
         windows=tuple(_window(rank, parts, work.shape, out_shape) for rank in range(len(parts.parts))),
         out_shape=out_shape,
         moves=(),
-        peak_bytes=_peaks(parts, facts, work),
+        peak_bytes=_peaks(parts, facts, work, blocks),
         parts=parts,
-        steps=exchanges.steps if len(parts.parts) > 1 else (),
+        steps=exchanges.steps if len(parts.parts) > 1 or blocks else (),
         given=exchanges.given,
         input_reach=exchanges.input_reach,
+        blocks=blocks,
     )
     return attrs.evolve(plan, moves=_moves(plan))
 
@@ -137,17 +145,33 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     return batch * (values * itemsize + step.groups * _MOMENT_BYTES + step.sums * _SUM_BYTES)
 
 
-def _peaks(parts: Parts, facts: VaeFacts, work: Work) -> tuple[int, ...]:
+def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wanted: RowBlocks) -> BlockPlan:
+    trace = facts.layers(work.direction)
+    assert trace is not None, "the layers are known"
+    steps, given = {step.name: step for step in exchanges.steps}, dict(exchanges.given)
+    memories = tuple(
+        BandMemory(parts=parts, rank=rank, work=work, steps=steps, given=given)
+        for rank in range(len(parts.parts))
+    )
+    return plan_blocks(layer_sequence(trace), memories, wanted, lambda rank: _landing(facts, work, rank))
+
+
+def _peaks(parts: Parts, facts: VaeFacts, work: Work, blocks: BlockPlan | None) -> tuple[int, ...]:
     """Each rank's live bytes inside its band, or while the pieces land if that is more."""
+    idle = tuple(_landing(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
+    if blocks is not None:
+        return blocks.peaks + idle
     across = work.shape[-1 if parts.axis == -2 else -2]
     scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
-    whole = math.prod(facts.out_shape(work.direction, work.shape)) * work.itemsize
 
     def peak(rank: int, part: Part) -> int:
         values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel
-        landed = work.output == "all" or (work.output == "rank0" and rank == 0)
-        # The whole output, and what has arrived and is not yet written into it.
-        return max(int(values) * work.itemsize, 2 * whole if landed else 0)
+        return max(int(values) * work.itemsize, _landing(facts, work, rank))
 
-    idle = (0,) * (work.ranks - len(parts.parts))
     return tuple(peak(rank, part) for rank, part in enumerate(parts.parts)) + idle
+
+
+def _landing(facts: VaeFacts, work: Work, rank: int) -> int:
+    """The whole output, and what has arrived and is not yet written into it, where the output lands."""
+    whole = math.prod(facts.out_shape(work.direction, work.shape)) * work.itemsize
+    return 2 * whole if work.output == "all" or (work.output == "rank0" and rank == 0) else 0

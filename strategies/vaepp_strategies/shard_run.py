@@ -14,7 +14,9 @@ from vaepp_sdk.vae.landing import Landed, land
 from vaepp_sdk.vae.plan import Window, Work
 from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.swap import swapped
+from vaepp_strategies.shard_blocks import sequence_forward
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
+from vaepp_strategies.shard_limit import row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 
 __all__ = ["ShardStrategy"]
@@ -23,11 +25,22 @@ WindowCall = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ShardStrategy:
-    """Decodes one band on each rank; layers exchange rows, statistics, and attention's keys and values."""
+    """Decodes one band on each rank; layers exchange rows, statistics, and attention's keys and values.
+
+    Args:
+        row_blocks: how many blocks of rows the largest layer of a band is run in.
+        peak_limit: the most live bytes of a rank, as in `"6GiB"`; finds `row_blocks`.
+
+    Raises:
+        UnsupportedError: both are set, or the limit cannot be read.
+    """
+
+    def __init__(self, row_blocks: int = 1, peak_limit: str | None = None) -> None:
+        self._row_blocks = row_blocks_from(row_blocks, peak_limit)
 
     def plan(self, facts: VaeFacts, work: Work) -> ShardPlan:
         """See `Strategy.plan`."""
-        return plan_shards(facts, work)
+        return plan_shards(facts, work, self._row_blocks)
 
     def check(self, adapter: VaeAdapter) -> None:
         """See `Strategy.check`: refuses layers that this strategy does not know how to run on a band."""
@@ -65,7 +78,7 @@ def _run(
 ) -> Landed:
     pieces = {}
     for window in plan.owned(group.rank):
-        if len(plan.windows) == 1:
+        if len(plan.windows) == 1 and plan.blocks is None:
             pieces[window.index] = window_call(value)
         else:
             pieces[window.index] = _band(adapter, window_call, value, group, plan, window)
@@ -88,7 +101,11 @@ def _band(
     band = value[(..., *window.source.slices)].contiguous()
     if plan.input_reach:
         bands.carry(band, _input_halo(value, plan, group.rank))
-    with swapped(band_forwards(trace, adapter.vae, bands, plan)):
+    forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
+    if plan.blocks is not None:
+        sequence = adapter.vae.get_submodule(plan.blocks.sequence.name)
+        forwards[sequence] = sequence_forward(adapter.vae, bands, plan, plan.blocks)
+    with swapped(forwards):
         return window_call(band)
 
 

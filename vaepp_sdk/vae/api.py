@@ -52,7 +52,8 @@ def parallelize_vae(
         strategy_options: options of the named strategy.
 
     Returns:
-        The VAE itself, untouched, where one rank would do all the work; else a `ParallelVAE`.
+        The VAE itself, untouched, where one rank would do all the work, unless an option of the strategy
+        gives that rank something to do; else a `ParallelVAE`.
 
     Raises:
         UnsupportedError: the VAE class, strategy or an option is not known; on every rank alike.
@@ -67,7 +68,8 @@ def parallelize_vae(
     size = _checked_size(size, world_size, group)
     if output not in ("rank0", "all", "sharded"):
         raise UnsupportedError(f"output is {output!r}; it must be 'rank0', 'all' or 'sharded'")
-    if size == 1:
+    named = registry.strategies.get(strategy)
+    if size == 1 and (named is None or not named.serves_one_rank(strategy_options)):
         return vae
     entry = registry.vae(type(vae))
     chooser = StrategyChooser(registry, strategy, entry.strategies, entry.pick, strategy_options)
@@ -75,7 +77,8 @@ def parallelize_vae(
     if chooser.uses_tiling and not adapter.facts().use_tiling:
         _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
         adapter.vae.enable_tiling()
-    return ParallelVAE(adapter, VaeGroup.over(group, size, timeout), chooser, output)
+    view = VaeGroup.over(group, size, timeout) if dist.is_initialized() else VaeGroup(None, 0, 1, 1, timeout)
+    return ParallelVAE(adapter, view, chooser, output)
 
 
 def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | None) -> int:

@@ -10,9 +10,9 @@ from torch import nn
 
 from vaepp_strategies.layers.exchange import Exchange
 
-__all__ = ["apply_statistics", "merge_moments", "moments", "shared_group_norm"]
+__all__ = ["CHUNK_VALUES", "apply_statistics", "merge_moments", "moments", "shared_group_norm"]
 
-_CHUNK_VALUES = 1 << 21
+CHUNK_VALUES = 1 << 21
 """Values widened to float64 at a time: 16 MiB, small beside a layer that needs more than one chunk."""
 
 
@@ -31,7 +31,7 @@ def moments(values: torch.Tensor, groups: int) -> torch.Tensor:
     batch, channels = values.shape[:2]
     by_group = values.unflatten(1, (groups, channels // groups))
     result = torch.empty((2, batch, groups), dtype=torch.float64, device=values.device)
-    step = max(1, _CHUNK_VALUES * groups // max(1, values.numel()))
+    step = max(1, CHUNK_VALUES * groups // max(1, values.numel()))
     for first in range(0, groups, step):
         chunk = by_group[:, first : first + step]
         wide = chunk.to(torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(2)
