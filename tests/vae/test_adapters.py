@@ -168,7 +168,7 @@ def reference(case: Case) -> torch.Tensor:
 
 def run_case(rank: int, case: Case, expected: torch.Tensor) -> dict[str, Any]:
     vae, value = prepared(case)
-    wrapped = parallelize_vae(vae, output=case.output)
+    wrapped = parallelize_vae(vae, strategy="tile", output=case.output)
     with settled(vae, case), counted() as seen:
         result = whole(getattr(wrapped, case.direction)(value, **case.arguments), case.direction)
     plan = wrapped.last_plan
@@ -301,7 +301,7 @@ def refusals(rank: int) -> dict[str, tuple[str, int]]:
     found = {}
     for name, (case, _) in REFUSED.items():
         vae, value = prepared(case)
-        wrapped = parallelize_vae(vae)
+        wrapped = parallelize_vae(vae, strategy="tile")
         with settled(vae, case), counted() as seen:
             try:
                 getattr(wrapped, case.direction)(value, **case.arguments)
@@ -330,9 +330,9 @@ def test_what_is_refused_fails_on_one_rank_too(name: str) -> None:
 def positional(rank: int, expected: torch.Tensor) -> bool:
     """A timestep second, as LTX pipelines give it."""
     vae, value = prepared(Case(LTX, (2, 5, 4)))
-    found = parallelize_vae(vae).decode(value, TIMESTEP, return_dict=False)[0]
+    found = parallelize_vae(vae, strategy="tile").decode(value, TIMESTEP, return_dict=False)[0]
     with pytest.raises(TypeError, match="does not take causal"):
-        parallelize_vae(vae).decode(value, TIMESTEP, causal=True)
+        parallelize_vae(vae, strategy="tile").decode(value, TIMESTEP, causal=True)
     return torch.equal(found, expected)
 
 
