@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
+import functools
 import os
 import sys
 import threading
@@ -13,7 +13,9 @@ from datetime import timedelta
 from typing import Any
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import AgreementError, UserError
+from vaepp_sdk.errors import AgreementError, RankError, RunError, UserError
+from vaepp_sdk.events import StageStart
+from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Answers, Event
@@ -21,6 +23,10 @@ from vaepp_sdk.runtime.records import ErrorRecord
 from vaepp_sdk.runtime.work import Answer, RankWork, Seat
 
 __all__ = ["JoinedRank"]
+
+_GRACE = {"user": 5.0, "peer": 2.0, "own": 0.0}
+"""How long a rank that failed listens to the others before it raises, in seconds: refusals come from all
+alike, and what a peer caused is best told in the peer's words."""
 
 
 class JoinedRank:
@@ -36,11 +42,53 @@ class JoinedRank:
         self._job = job
         self._launch = launch
         self._on_event = on_event
+        self._stage = "boot"
+        self._runs = 0
         self._work: RankWork | None = None
+        self._board: Board
 
     def start(self) -> None:
-        """Join the other ranks and load."""
-        seat = Seat(
+        """Join the other ranks and load.
+
+        Raises:
+            UserError: a rank cannot do what was asked for; all raise alike.
+            RankError: a rank failed.
+        """
+        work: RankWork = load_object(self._job.target, "the runtime")(self._seat())
+        with self._limit("boot"):
+            work.join()
+        self._work = work
+        self._board = Board(self._launch.rank, self._launch.world_size)
+        self._stage = "load"
+        with self._limit("load"):
+            self._together("load", functools.partial(_load, work))
+
+    def run(self, request: Mapping[str, Any]) -> Answers:
+        """Serve one request; the pictures are those that landed on this rank.
+
+        Raises:
+            AgreementError: the ranks were not asked for the same.
+            UserError: a rank refused the request; all raise alike.
+            RankError: a rank failed.
+        """
+        work = self._work
+        if work is None:
+            raise RunError("this rank has left its job")
+        self._runs += 1
+        self._stage = "request"
+        with self._limit("request"):
+            agreed = self._agree(request)
+            values, answer = self._together(f"answer {self._runs}", lambda: work.run(agreed))
+        return Answers(values, [answer.pictures])
+
+    def close(self, now: bool = False) -> None:
+        """Leave the job; `now` leaves it as it is, because other ranks may be gone."""
+        work, self._work = self._work, None
+        if work is not None and not now:
+            work.close()
+
+    def _seat(self) -> Seat:
+        return Seat(
             rank=self._launch.rank,
             world_size=self._launch.world_size,
             local_rank=self._launch.local_rank,
@@ -49,78 +97,45 @@ class JoinedRank:
             timeout=timedelta(seconds=self._job.limits.exchange),
             observer=self._observe,
         )
-        work: RankWork = load_object(self._job.target, "the runtime")(seat)
-        with self._limit("boot"):
-            work.join()
-        self._work = work
-        with self._limit("load"):
-            work.load()
-
-    def run(self, request: Mapping[str, Any]) -> Answers:
-        """Serve one request; the pictures are those that landed on this rank.
-
-        Raises:
-            AgreementError: the ranks were not asked for the same.
-            UserError: a rank refused the request; all raise alike.
-        """
-        assert self._work is not None
-        with self._limit("request"):
-            agreed = self._agree(request)
-            try:
-                answer, refusal = self._work.run(agreed), None
-            except UserError as error:
-                answer, refusal = Answer(), error
-            return self._settle(answer, refusal)
-
-    def close(self, now: bool = False) -> None:
-        """Leave the job; `now` leaves it as it is, because other ranks may be gone."""
-        work, self._work = self._work, None
-        if work is not None and not now:
-            work.close()
 
     def _observe(self, event: Event) -> None:
+        if isinstance(event, StageStart):
+            self._stage = event.stage
         if self._launch.rank == 0:
             self._on_event(event)
 
-    def _settle(self, answer: Answer, refusal: UserError | None) -> Answers:
-        """Let all ranks raise if one refused, so that they stay together for the next request."""
-        rank = self._launch.rank
-        record = ErrorRecord.of(refusal, rank, "request").to_dict() if refusal else None
-        every = self._gather({"value": dict(answer.value), "refused": record})
-        refusals = [ErrorRecord(**one["refused"]) for one in every if one["refused"]]
-        if refusal:
-            raise refusal
-        if refusals:
-            raise refusals[0].user_error()
-        return Answers([one["value"] for one in every], [answer.pictures])
-
     def _agree(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Rank 0's request, which has the seed for all where none was asked for."""
-        every = self._gather(dict(request))
+        every = self._board.gather(f"request {self._runs}", request, self._job.limits.exchange)
         first: dict[str, Any] = every[0]
         differing = [rank for rank, other in enumerate(every) if {**other, "seed": 0} != {**first, "seed": 0}]
         if differing:
             raise AgreementError(f"rank 0 and ranks {differing} were asked for different pictures")
         return first
 
-    def _gather(self, value: Mapping[str, Any]) -> list[Any]:
-        """Plain data of every rank, by rank; two small collectives, no pickle."""
-        if self._launch.world_size == 1:
-            return [value]
-        import torch
-        import torch.distributed as dist
+    def _together(self, name: str, work: Callable[[], Answer]) -> tuple[list[Any], Answer]:
+        """Do this rank's part, then see how the others fared: where one fails, all raise its failure."""
+        try:
+            answer = work()
+        except Exception as error:
+            raise self._failure(name, error) from error
+        self._board.post(name, {"value": dict(answer.value)})
+        found = self._board.read(name, self._job.limits.exchange)
+        records = _records(found)
+        if records:
+            raise _error_of(records[0])
+        return [one["value"] for one in self._board.all_of(found, name)], answer
 
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self._launch.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: len(data)] = data
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded)
-        pairs = zip(found, sizes, strict=True)
-        return [json.loads(bytes(one[: int(size)].cpu().tolist())) for one, size in pairs]
+    def _failure(self, name: str, error: Exception) -> Exception:
+        """What to raise for an error on this rank: its own, or the one of another rank that caused it."""
+        mine = ErrorRecord.of(error, self._launch.rank, self._stage)
+        # The store may be gone with the rank that held it.
+        with contextlib.suppress(RuntimeError):
+            self._board.post(name, {"record": mine.to_dict()})
+            others = _records(self._board.read(name, _GRACE[mine.kind]))
+            if mine.kind == "peer" and others[0].kind != "peer":
+                return _error_of(others[0])
+        return error if isinstance(error, UserError) else _error_of(mine)
 
     @contextlib.contextmanager
     def _limit(self, phase: str) -> Iterator[None]:
@@ -139,3 +154,20 @@ class JoinedRank:
         faulthandler.dump_traceback(sys.stderr)
         sys.stderr.flush()
         os._exit(1)
+
+
+def _load(work: RankWork) -> Answer:
+    work.load()
+    return Answer()
+
+
+def _records(found: Mapping[int, Any]) -> list[ErrorRecord]:
+    """The failures among what ranks have posted: those that no peer caused first, then the earliest."""
+    records = [ErrorRecord(**one["record"]) for one in found.values() if "record" in one]
+    return sorted(records, key=lambda record: (record.kind == "peer", record.time, record.rank))
+
+
+def _error_of(record: ErrorRecord) -> Exception:
+    if record.kind == "user":
+        return record.user_error()
+    return RankError(record.rank, record.stage, record.cause)

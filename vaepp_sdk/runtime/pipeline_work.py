@@ -44,7 +44,7 @@ class PipelineWork:
         from vaepp_sdk.executor import Executor
         from vaepp_sdk.parallel.group import DiTGroup
 
-        group = DiTGroup.create(self._resolved.dims, self._device)
+        group = DiTGroup.create(self._resolved.dims, self._device, self._seat.timeout)
         self._executor = Executor(
             self._resolved,
             default_registry(),
