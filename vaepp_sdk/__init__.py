@@ -8,7 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vaepp_sdk.entries import DiTPlan, Option, PipelineEntry, StrategyEntry, TensorPlan, VaeEntry
+from vaepp_sdk.entries import (
+    BatchPlan,
+    ChainPlan,
+    DiTPlan,
+    Option,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    StrategyEntry,
+    TensorPlan,
+    VaeEntry,
+)
 from vaepp_sdk.errors import (
     AgreementError,
     OutputError,
@@ -31,16 +42,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AgreementError",
+    "BatchPlan",
+    "ChainPlan",
     "DiTPlan",
     "Option",
     "OutputError",
     "PeerError",
     "Pipeline",
     "PipelineEntry",
+    "PipelinePlan",
     "PipelineSpec",
     "PluginError",
     "RankError",
     "RunError",
+    "SequencePlan",
     "SpecError",
     "StrategyEntry",
     "TensorPlan",

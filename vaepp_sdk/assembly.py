@@ -1,4 +1,4 @@
-"""Builds one rank's diffusers pipeline: its slices of the transformer, everything else whole."""
+"""Builds one rank's diffusers pipeline: its part of the transformer, everything else whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from vaepp_sdk.dit.loading import load_sharded
-from vaepp_sdk.dit.tensor import TensorGroup
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.dit.spread import spread, stage_of
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
@@ -56,6 +57,9 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
     )
     pipe.to(group.device)
     pipe.set_progress_bar_config(disable=True)
+    dit = resolved.entry.dit if resolved.entry else None
+    if dit is not None:
+        spread(getattr(pipe, dit.component), dit, group)
     return pipe
 
 
@@ -73,21 +77,24 @@ def _pipeline_class(resolved: Resolved) -> Any:
 
 
 def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -> dict[str, Any]:
-    """This rank's part of the transformer under its component's name; nothing where it is not cut."""
-    tensor = TensorGroup.over(group.axis("tensor"))
-    if tensor.size == 1:
-        return {}
+    """This rank's part of the transformer under its component's name; nothing where it holds all of it."""
     dit = resolved.entry.dit if resolved.entry else None
-    if dit is None or dit.tensor is None:
-        raise UnsupportedError(f"no plugin says how to split {resolved.pipeline_class} by tensors")
+    lacking = [axis for axis in group.dims.active if dit is None or axis not in dit.axes]
+    if lacking:
+        raise UnsupportedError(f"no plugin says how to split {resolved.pipeline_class} by {lacking[0]}")
+    tensor = Row.over(group.axis("tensor"))
+    stage = stage_of(dit, group) if dit is not None else None
+    if dit is None or (tensor.size == 1 and stage is None):
+        return {}
     model = load_sharded(
         _component_class(resolved.model_path, dit.component),
         resolved.model_path / dit.component,
-        dit.tensor,
+        dit.tensor if tensor.size > 1 else None,
         tensor,
         dtype=dtype,
         device=group.device,
         variant=resolved.spec.model.variant,
+        stage=stage,
     )
     return {dit.component: model}
 

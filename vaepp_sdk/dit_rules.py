@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vaepp_sdk.entries import PipelineEntry, TensorPlan
+from vaepp_sdk.entries import DiTPlan, PipelineEntry
 from vaepp_sdk.errors import Fault, UnsupportedError
 from vaepp_sdk.model_folder import ModelFolder
 from vaepp_sdk.parallel.dims import ParallelDims
@@ -21,8 +21,8 @@ _KEYS: Mapping[str, str] = {
     "pipeline": "pipeline_parallel_size",
     "ring": "ring_degree",
     "ulysses": "ulysses_degree",
+    "tensor": "tensor_parallel_size",
 }
-_TENSOR = "$.parallel.tensor_parallel_size"
 
 
 def dit_faults(
@@ -34,50 +34,90 @@ def dit_faults(
         SpecError: the transformer's `config.json` cannot be read.
         UnsupportedError: it does not give the widths the plan asks for.
     """
-    faults = [
-        Fault(
-            f"$.parallel.{key}", f"found {dims.sizes[axis]}", f"{key} above 1 is not available yet; write 1"
-        )
-        for axis, key in _KEYS.items()
-        if dims.sizes[axis] > 1
-    ]
-    if dims.tensor > 1:
-        faults += _tensor_faults(dims.tensor, folder, entry, registry)
+    plan = entry.dit if entry is not None and entry.dit is not None else DiTPlan()
+    faults = []
+    for axis in dims.active:
+        if axis not in plan.axes:
+            faults.append(_lacking(axis, dims.sizes[axis], plan, folder.pipeline_class, registry))
+        elif axis in _RULES:
+            faults += _RULES[axis](dims, plan, folder)
     return faults
 
 
-def _tensor_faults(
-    size: int, folder: ModelFolder, entry: PipelineEntry | None, registry: Registry
-) -> list[Fault]:
-    plan = entry.dit.tensor if entry is not None and entry.dit is not None else None
-    if entry is None or entry.dit is None or plan is None:
-        able = sorted(name for name, other in registry.pipelines.items() if other.dit and other.dit.tensor)
-        known = f"; {', '.join(able)} can be split" if able else ""
-        found = f"found {size}, and no plugin says how to split {folder.pipeline_class}"
-        return [Fault(_TENSOR, found, f"write 1{known}")]
-    widths = _widths(plan, folder.config(entry.dit.component), f"{entry.dit.component}/config.json")
+def _lacking(axis: str, size: int, plan: DiTPlan, pipeline: str, registry: Registry) -> Fault:
+    """A dimension that the pipeline's plan does not have."""
+    others = [_KEYS[other] for other in plan.axes]
+    able = sorted(name for name, other in registry.pipelines.items() if other.dit and axis in other.dit.axes)
+    known = f"; {pipeline} can use {', '.join(others)}" if others else ""
+    known += f"; {', '.join(able)} can be split by {axis}" if able else ""
+    found = f"found {size}, and no plugin says how to split {pipeline} by {axis}"
+    return Fault(f"$.parallel.{_KEYS[axis]}", found, f"write 1{known}")
+
+
+def _cfg_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
+    del plan, folder
+    if dims.cfg == 2:
+        return []
+    fix = "write 2, one rank for each branch, or 1"
+    return [Fault(f"$.parallel.{_KEYS['cfg']}", f"found {dims.cfg}, and guidance has two branches", fix)]
+
+
+def _pipeline_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
+    assert plan.pipeline is not None
+    layers = _width("layers", plan.pipeline.layers, plan.component, folder)
+    if dims.pipeline <= layers:
+        return []
+    found = f"found {dims.pipeline}, and the model has layers = {layers}"
+    return [Fault(f"$.parallel.{_KEYS['pipeline']}", found, f"at most {layers} work")]
+
+
+def _ulysses_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
+    """Heads need not divide evenly, but every rank must have one."""
+    assert plan.sequence is not None
+    heads = _width("attention heads", plan.sequence.heads, plan.component, folder)
+    held = heads // dims.tensor
+    if dims.ulysses <= held:
+        return []
+    cut = f" / tensor_parallel_size = {dims.tensor}" if dims.tensor > 1 else ""
+    found = f"found {dims.ulysses}, and there are attention heads = {heads}{cut} to share out"
+    return [Fault(f"$.parallel.{_KEYS['ulysses']}", found, f"at most {max(held, 1)} work")]
+
+
+def _tensor_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
+    assert plan.tensor is not None
+    size, path = dims.tensor, f"$.parallel.{_KEYS['tensor']}"
+    widths = {name: _width(name, rule, plan.component, folder) for name, rule in plan.tensor.widths.items()}
     uneven = {name: width for name, width in widths.items() if width % size}
     if not uneven:
         return []
     names = ", ".join(f"{name} = {width}" for name, width in uneven.items())
     fits = _common_sizes(widths)
     fix = f"sizes that work: {', '.join(map(str, fits))}" if fits else "only 1 works for this model"
-    return [Fault(_TENSOR, f"{size} does not divide {names}", fix)]
+    return [Fault(path, f"{size} does not divide {names}", fix)]
 
 
-def _widths(plan: TensorPlan, config: Mapping[str, Any], file: str) -> dict[str, int]:
-    widths = {}
-    for name, rule in plan.widths.items():
-        try:
-            widths[name] = rule(config)
-        except Exception as error:
-            # The rule is a plugin's and the file a model's: whichever is wrong, the pair cannot be split.
-            problem = f"{type(error).__name__}: {error}"
-            raise UnsupportedError(f"{file} does not give the width {name!r} ({problem})") from error
-    return widths
+def _width(name: str, rule: Callable[[Mapping[str, Any]], int], component: str, folder: ModelFolder) -> int:
+    config = folder.config(component)
+    try:
+        return rule(config)
+    except Exception as error:
+        # The rule is a plugin's and the file a model's: whichever is wrong, the pair cannot be split.
+        problem = f"{type(error).__name__}: {error}"
+        raise UnsupportedError(
+            f"{component}/config.json does not give the width {name!r} ({problem})"
+        ) from error
 
 
 def _common_sizes(widths: Mapping[str, int]) -> list[int]:
     """The sizes above 1 that divide every width."""
     common = math.gcd(*widths.values())
     return [size for size in range(2, min(common, MAX_RANKS) + 1) if common % size == 0]
+
+
+_RULES: Mapping[str, Callable[[ParallelDims, DiTPlan, ModelFolder], list[Fault]]] = {
+    "cfg": _cfg_faults,
+    "pipeline": _pipeline_faults,
+    "ulysses": _ulysses_faults,
+    "tensor": _tensor_faults,
+}
+"""What a size must fit; data and ring take any."""

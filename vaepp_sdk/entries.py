@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from vaepp_sdk.vae.plan import Work
 
 __all__ = [
+    "BatchPlan",
+    "ChainPlan",
     "DiTPlan",
     "Option",
     "PickRule",
     "PipelineEntry",
+    "PipelinePlan",
+    "SequencePlan",
     "StrategyEntry",
     "TensorPlan",
     "VaeEntry",
@@ -126,16 +130,93 @@ class TensorPlan:
 
 
 @attrs.frozen(kw_only=True)
+class BatchPlan:
+    """How the transformer's call is shared out over the two guidance branches.
+
+    Attributes:
+        arguments: the arguments of its forward that hold a batch, as a tensor or as a list; its first output
+            holds one too.
+    """
+
+    arguments: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class ChainPlan:
+    """A list of blocks that the transformer calls one after another with the same arguments.
+
+    Attributes:
+        blocks: the module list, as in `layers`.
+        carried: the arguments of a block that are what the one before returned, in that order.
+        batched: the arguments that hold a batch along their first dimension, where they are tensors.
+        sequence: the arguments that hold the sequence, and the dimension it lies on; those of one token are
+            worked on alone everywhere but in attention.
+    """
+
+    blocks: str
+    carried: tuple[str, ...]
+    batched: tuple[str, ...]
+    sequence: Mapping[str, int]
+
+
+@attrs.frozen(kw_only=True)
+class SequencePlan:
+    """What ulysses and ring split.
+
+    Attributes:
+        chains: the lists of blocks that run on parts of the sequence.
+        heads: reads the number of attention heads from the component's `config.json`.
+    """
+
+    chains: tuple[ChainPlan, ...]
+    heads: Callable[[Mapping[str, Any]], int]
+
+
+@attrs.frozen(kw_only=True)
+class PipelinePlan:
+    """What pipeline parallelism splits.
+
+    Attributes:
+        chain: the list of blocks that is dealt over the ranks in runs; all else runs on every rank.
+        layers: reads the number of these blocks from the component's `config.json`.
+    """
+
+    chain: ChainPlan
+    layers: Callable[[Mapping[str, Any]], int]
+
+
+@attrs.frozen(kw_only=True)
 class DiTPlan:
-    """How a pipeline's diffusion transformer is spread over the DiT group.
+    """How a pipeline's diffusion transformer is spread over the DiT group; what is left out is not supported.
 
     Attributes:
         component: the pipeline's component, as named in `model_index.json`.
-        tensor: the tensor-parallel plan, or None where it is not supported.
+        tensor: for `tensor_parallel_size`.
+        batch: for `cfg_parallel_size`.
+        sequence: for `ulysses_degree` and `ring_degree`.
+        pipeline: for `pipeline_parallel_size`.
+        data: for `data_parallel_size`: whether the stages take lists of prompts and one generator a picture.
     """
 
     component: str = "transformer"
     tensor: TensorPlan | None = None
+    batch: BatchPlan | None = None
+    sequence: SequencePlan | None = None
+    pipeline: PipelinePlan | None = None
+    data: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The dimensions it supports, outermost first, as `vaepp_sdk.parallel.dims.AXES` names them."""
+        supported = {
+            "data": self.data,
+            "cfg": self.batch is not None,
+            "pipeline": self.pipeline is not None,
+            "ring": self.sequence is not None,
+            "ulysses": self.sequence is not None,
+            "tensor": self.tensor is not None,
+        }
+        return tuple(axis for axis, able in supported.items() if able)
 
 
 @attrs.frozen(kw_only=True)

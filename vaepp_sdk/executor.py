@@ -16,6 +16,8 @@ from PIL.Image import Image
 import vaepp_sdk
 from vaepp_sdk.assembly import build_pipeline, quiet_libraries
 from vaepp_sdk.decoding import Decoder, set_switches
+from vaepp_sdk.dit.data import Replicas
+from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.events import StageEnd
 from vaepp_sdk.parallel.group import DiTGroup
@@ -92,6 +94,7 @@ class Executor:
         output = resolved.spec.output
         folder = Path(output.dir) if output else resolved.spec.base / OutputSpec().dir
         self._folder = PictureFolder(folder, output.overwrite if output else False)
+        self._replicas = Replicas(Row.over(group.axis("data")), group.device)
         self._pipe: Any = None
         self._decoder: Decoder | None = None
         self._stages: PipelineStages | None = None
@@ -144,25 +147,30 @@ class Executor:
         )
 
     def _staged(self, request: Request) -> list[_Picture]:
-        """Encode, denoise and decode."""
+        """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
         stages, pipe, runner = self._stages, self._pipe, self._runner
         assert stages is not None
-        replaced = runner.run(
-            "encode_prompt", request.number, lambda: stages.encode_prompt(pipe, request.call)
+        own = self._replicas.own(request.images)
+        call = self._replicas.call(request.call, own)
+        call |= runner.run(
+            "encode_prompt", request.number, lambda: stages.encode_prompt(pipe, call) if own else {}
         )
-        call = {**request.call, **replaced}
-        on_step = runner.progress("denoise")
+        generators, on_step = _generators(request, own), runner.progress("denoise")
         latents = runner.run(
             "denoise",
             request.number,
-            lambda: stages.denoise(pipe, call, _generators(request), on_step),
+            lambda: stages.denoise(pipe, call, generators, on_step) if own else None,
         )
-        return runner.run("decode", request.number, lambda: self._decode(stages, latents, call))
+        return runner.run("decode", request.number, lambda: self._decode(stages, latents, call, request))
 
-    def _decode(self, stages: PipelineStages, latents: torch.Tensor, call: dict[str, Any]) -> list[_Picture]:
+    def _decode(
+        self, stages: PipelineStages, latents: torch.Tensor | None, call: dict[str, Any], request: Request
+    ) -> list[_Picture]:
+        """Decode the pictures of all replicas as one batch."""
         assert self._decoder is not None
         sharded = self._decoder.leaves_sharded
-        pieces = self._decoder.decode(stages.vae_input(self._pipe, latents, call))
+        everyone = self._replicas.gather(latents, request.images)
+        pieces = self._decoder.decode(stages.vae_input(self._pipe, everyone, call))
         return [
             _Picture(image, index, piece.box if sharded else None)
             for piece in pieces
@@ -180,7 +188,7 @@ class Executor:
         extra: dict[str, Any] = {}
         if "callback_on_step_end" in inspect.signature(self._pipe.__call__).parameters:
             extra["callback_on_step_end"] = step_callback(self._runner.progress("call"))
-        result = self._pipe(**request.call, generator=_generators(request), **extra)
+        result = self._pipe(**request.call, generator=_generators(request, range(request.images)), **extra)
         images: Sequence[Image] = result.images
         return images
 
@@ -204,7 +212,7 @@ class Executor:
         prompt = request.prompts[picture.index * len(request.prompts) // request.images]
         name = f"{first + picture.index:04d}-{slug(prompt)}-seed{seed}"
         details: dict[str, Any] = {
-            "spec": self._resolved.spec.to_dict(),
+            "spec": self._resolved.spec.to_shareable(),
             "call": dict(request.call),
             "pipeline": self._resolved.pipeline_class,
         }
@@ -215,10 +223,9 @@ class Executor:
         return str(self._folder.save(picture.image, f"{name}.png", info))
 
 
-def _generators(request: Request) -> list[torch.Generator]:
-    """One generator a picture, so that a picture depends on its own seed only."""
-    seeds = range(request.seed, request.seed + request.images)
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+def _generators(request: Request, own: range) -> list[torch.Generator]:
+    """One generator for each picture in `own`, so that a picture depends on its own seed only."""
+    return [torch.Generator("cpu").manual_seed(request.seed + index) for index in own]
 
 
 def _software() -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vaepp_sdk import DiTPlan, PipelineEntry, TensorPlan, hookimpl
+from vaepp_sdk import (
+    BatchPlan,
+    ChainPlan,
+    DiTPlan,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    TensorPlan,
+    hookimpl,
+)
 
 VAEPP_API = 1
 
@@ -29,6 +38,24 @@ _TENSOR = TensorPlan(
 )
 
 
+def _layers(config: Mapping[str, Any]) -> int:
+    return int(config["n_layers"])
+
+
+def _chain(blocks: str) -> ChainPlan:
+    """The blocks of every list take the same arguments; those of the text's refiner take fewer."""
+    return ChainPlan(
+        blocks=blocks,
+        carried=("x",),
+        batched=("x", "attn_mask", "freqs_cis", "adaln_input"),
+        sequence={"x": 1, "freqs_cis": 1},
+    )
+
+
+_LAYERS = _chain("layers")
+_SEQUENCE = SequencePlan(chains=(_chain("noise_refiner"), _chain("context_refiner"), _LAYERS), heads=_heads)
+
+
 @hookimpl
 def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
     """Register the Z-Image pipeline."""
@@ -39,6 +66,13 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             vae="AutoencoderKL",
             strategies=("tile", "patch"),
             stages="vaepp_plugins.z_image_stages:ZImageStages",
-            dit=DiTPlan(component="transformer", tensor=_TENSOR),
+            dit=DiTPlan(
+                component="transformer",
+                tensor=_TENSOR,
+                batch=BatchPlan(arguments=("x", "t", "cap_feats")),
+                sequence=_SEQUENCE,
+                pipeline=PipelinePlan(chain=_LAYERS, layers=_layers),
+                data=True,
+            ),
         )
     )

@@ -18,7 +18,7 @@ from vaepp_plugins.tiny_z_image import build
 from vaepp_sdk.assembly import build_pipeline
 from vaepp_sdk.dit import loading
 from vaepp_sdk.dit.loading import load_sharded, weight_files
-from vaepp_sdk.dit.tensor import TensorGroup
+from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import TensorPlan
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
@@ -42,7 +42,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> Any:
-    group = TensorGroup(None, index, size)
+    group = Row(None, index, size)
     return load_sharded(
         ZImageTransformer2DModel, folder, plan(), group, dtype=dtype, device=CPU, variant=variant
     )

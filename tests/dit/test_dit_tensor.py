@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from vaepp_sdk.assembly import build_pipeline
-from vaepp_sdk.dit.tensor import TensorGroup, shard_modules
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.dit.tensor import shard_modules
 from vaepp_sdk.entries import TensorPlan
 from vaepp_sdk.errors import PeerError, UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
@@ -28,7 +29,7 @@ CASES: tuple[Mapping[str, Any], ...] = (
     {"prompt": [LONG], "guidance_scale": 4.0, "negative_prompt": [""]},
     {"prompt": [LONG, SHORT], "num_images_per_prompt": 2},
     {"prompt": [LONG, SHORT], "guidance_scale": 4.0, "negative_prompt": [SHORT, ""], "height": 96},
-    {"prompt": [SHORT], "guidance_scale": 4.0, "cfg_normalization": True, "cfg_truncation": 0.5},
+    {"prompt": [SHORT], "guidance_scale": 4.0, "cfg_normalization": True, "cfg_truncation": 0.3},
 )
 
 
@@ -50,7 +51,7 @@ def tensor_rank(rank: int, model: str, size: int, cases: tuple[Mapping[str, Any]
         "pictures": [pictures(pipe, case) for case in cases],
         "numel": sum(value.numel() for value in pipe.transformer.parameters()),
         "groups": len(distributed_c10d._world.pg_map),
-        "bias": biased_layers(TensorGroup.over(group.axis("tensor"))),
+        "bias": biased_layers(Row.over(group.axis("tensor"))),
     }
 
 
@@ -84,7 +85,7 @@ PLAN = TensorPlan(
 )
 
 
-def biased_layers(group: TensorGroup) -> float:
+def biased_layers(group: Row) -> float:
     """The largest difference between a model cut over the ranks and the whole one."""
     torch.manual_seed(0)
     whole, cut, value = Biased(), Biased(), torch.randn(3, 6)
@@ -140,7 +141,7 @@ def meta_biased() -> Biased:
 
 def test_a_width_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"tensor_parallel_size=3 does not divide .*up \(16\)"):
-        shard_modules(meta_biased(), PLAN, TensorGroup(None, 0, 3))
+        shard_modules(meta_biased(), PLAN, Row(None, 0, 3))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
 def test_a_plan_that_does_not_fit_the_model_is_refused(change: dict[str, Any], message: str) -> None:
     plan = attrs.evolve(PLAN, colwise=(), rowwise=(), head_attributes=())
     with pytest.raises(UnsupportedError, match=message):
-        shard_modules(meta_biased(), attrs.evolve(plan, **change), TensorGroup(None, 0, 2))
+        shard_modules(meta_biased(), attrs.evolve(plan, **change), Row(None, 0, 2))
 
 
 def test_a_sum_that_fails_names_the_peers_and_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +167,7 @@ def test_a_sum_that_fails_names_the_peers_and_the_layer(monkeypatch: pytest.Monk
     monkeypatch.setattr(dist, "get_rank", lambda: 2)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda _: [2, 3])
     with pytest.raises(PeerError) as caught:
-        TensorGroup(None, 0, 2).sum(torch.ones(4), "layers.0.feed_forward.w2")
+        Row(None, 0, 2).sum(torch.ones(4), "layers.0.feed_forward.w2")
     assert str(caught.value) == (
         "rank 2 waited for rank 3 (sum of layers.0.feed_forward.w2): Connection closed by peer"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from spec_models import PIPELINE, model_folder, stand_in_registry
 
 from vaepp_sdk.errors import PluginError, SpecError, UnsupportedError
-from vaepp_sdk.registry import Plugin, Registry
+from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.resolve import Resolved, resolve
 from vaepp_sdk.spec import ModelSpec, ParallelSpec, PipelineSpec
 
@@ -159,14 +160,66 @@ def test_what_an_entry_names_must_be_registered(model: Path) -> None:
     ]
 
 
+AXES = {
+    "data": "data_parallel_size",
+    "cfg": "cfg_parallel_size",
+    "pipeline": "pipeline_parallel_size",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_dimensions_that_the_entry_lacks(axis: str, model: Path) -> None:
+    (fault,) = refused(model, parallel={AXES[axis]: 2})
+    assert fault == (
+        f"$.parallel.{AXES[axis]}: found 2, and no plugin says how to split {PIPELINE} by {axis}; "
+        f"write 1; {PIPELINE} can use tensor_parallel_size"
+    )
+
+
+def real_model(folder: Path) -> Path:
+    return model_folder(folder, transformer={"n_heads": 30, "dim": 3840, "n_layers": 30})
+
+
 @pytest.mark.parametrize(
-    "key",
-    ["data_parallel_size", "cfg_parallel_size", "pipeline_parallel_size", "ring_degree", "ulysses_degree"],
+    "parallel",
+    [
+        {"data_parallel_size": 3, "ring_degree": 4},
+        {"cfg_parallel_size": 2, "ulysses_degree": 4},
+        {"pipeline_parallel_size": 30},
+        {"tensor_parallel_size": 2, "ulysses_degree": 15},
+    ],
 )
-def test_dimensions_that_are_not_there_yet(key: str, model: Path) -> None:
-    assert refused(model, parallel={key: 2}) == [
-        f"$.parallel.{key}: found 2; {key} above 1 is not available yet; write 1"
-    ]
+def test_sizes_of_z_image_that_work(parallel: dict[str, int], tmp_path: Path) -> None:
+    found = resolved(real_model(tmp_path / "m"), registry=default_registry(), parallel=parallel)
+    assert found.dims.dit_parallel_size == math.prod(parallel.values())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "found", "fix"),
+    [
+        (
+            {"cfg_parallel_size": 3},
+            "3, and guidance has two branches",
+            "write 2, one rank for each branch, or 1",
+        ),
+        ({"pipeline_parallel_size": 31}, "31, and the model has layers = 30", "at most 30 work"),
+        ({"ulysses_degree": 31}, "31, and there are attention heads = 30 to share out", "at most 30 work"),
+        (
+            {"ulysses_degree": 16, "tensor_parallel_size": 2},
+            "16, and there are attention heads = 30 / tensor_parallel_size = 2 to share out",
+            "at most 15 work",
+        ),
+    ],
+)
+def test_sizes_of_z_image_that_do_not_fit(
+    parallel: dict[str, int], found: str, fix: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        resolved(real_model(tmp_path / "m"), registry=default_registry(), parallel=parallel)
+    key = next(iter(parallel))
+    assert [str(fault) for fault in caught.value.faults] == [f"$.parallel.{key}: found {found}; {fix}"]
 
 
 @pytest.mark.parametrize("size", [2, 5, 10])
@@ -189,7 +242,9 @@ def test_tensor_sizes_that_do_not_divide(model: Path, tmp_path: Path) -> None:
 def test_tensor_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
     other = model_folder(tmp_path / "flux", "FluxPipeline")
     (fault,) = refused(other, parallel=sizes(2, 1))
-    assert "no plugin says how to split FluxPipeline; write 1; ZImagePipeline can be split" in fault
+    assert fault.endswith(
+        "no plugin says how to split FluxPipeline by tensor; write 1; ZImagePipeline can be split by tensor"
+    )
 
 
 def test_widths_that_the_config_does_not_give(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from vaepp_sdk.dit.tensor import Shard, TensorGroup, shard_modules
+from vaepp_sdk.dit.line import Stage
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.dit.tensor import Shard, shard_modules
 from vaepp_sdk.entries import TensorPlan
 from vaepp_sdk.errors import UnsupportedError
 
@@ -24,23 +26,25 @@ _STEM = "diffusion_pytorch_model"
 def load_sharded(
     model_class: Any,
     folder: Path,
-    plan: TensorPlan,
-    group: TensorGroup,
+    plan: TensorPlan | None,
+    group: Row,
     *,
     dtype: torch.dtype,
     device: torch.device,
     variant: str | None = None,
+    stage: Stage | None = None,
 ) -> Any:
-    """Build a model that holds this rank's slices only.
+    """Build a model that holds this rank's slices, of this rank's layers, only.
 
     Args:
         model_class: a diffusers model class.
         folder: the component's folder, with `config.json` and safetensors files.
-        plan: which layers are cut.
-        group: the ranks that share the model.
+        plan: which layers are cut; None cuts none.
+        group: the ranks that share the slices.
         dtype: of the weights, but for those the class keeps in float32.
         device: where they go.
         variant: as in diffusers' `from_pretrained`.
+        stage: which layers this rank holds; None for all.
 
     Returns:
         The model, in evaluation mode, with no weight left on the meta device.
@@ -50,12 +54,16 @@ def load_sharded(
     """
     config = model_class.load_config(folder)
     if "quantization_config" in config:
-        raise UnsupportedError(f"{folder} is quantized; tensor parallelism needs plain weights")
+        raise UnsupportedError(
+            f"{folder} is quantized; a model can be spread over ranks with plain weights only"
+        )
     # Buffers stay real: the class computes those that no file holds.
     with accelerate.init_empty_weights(include_buffers=False):
         model = model_class.from_config(config)
-    shards = shard_modules(model, plan, group)
-    state = _read(shards, folder, _dtypes(model_class, dtype), device, variant)
+    shards = shard_modules(model, plan, group) if plan is not None else {}
+    files, elsewhere = weight_files(folder, variant), stage.keep_own(model) if stage is not None else ()
+    own = {key: path for key, path in files.items() if not key.startswith(elsewhere)}
+    state = _read(shards, own, _dtypes(model_class, dtype), device)
     _check_names(model, set(state), folder)
     model.load_state_dict(state, strict=True, assign=True)
     _move_buffers(model, device)
@@ -96,14 +104,13 @@ def _file_names(folder: Path, variant: str | None) -> tuple[Path, Path]:
 
 def _read(
     shards: Mapping[str, Shard],
-    folder: Path,
+    files: Mapping[str, Path],
     dtypes: Callable[[str], torch.dtype],
     device: torch.device,
-    variant: str | None,
 ) -> dict[str, torch.Tensor]:
     """This rank's part of every weight in the files."""
     state = {}
-    for key, tensor in _parts(weight_files(folder, variant), shards):
+    for key, tensor in _parts(files, shards):
         kind = dtypes(key) if tensor.is_floating_point() else tensor.dtype
         # Memory of its own: what a file hands out may be the file itself, mapped.
         state[key] = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)

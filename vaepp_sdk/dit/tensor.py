@@ -12,52 +12,14 @@ from typing import Literal
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import TensorPlan
-from vaepp_sdk.errors import PeerError, UnsupportedError
+from vaepp_sdk.errors import UnsupportedError
 
-__all__ = ["RowwiseLinear", "Shard", "TensorGroup", "shard_modules"]
-
-
-@attrs.frozen(eq=False)
-class TensorGroup:
-    """The ranks that hold the slices of one model, seen from one of them.
-
-    Attributes:
-        process_group: their process group; None where this rank is alone.
-        index: this rank's place among them.
-        size: how many they are.
-    """
-
-    process_group: dist.ProcessGroup | None
-    index: int
-    size: int
-
-    @classmethod
-    def over(cls, process_group: dist.ProcessGroup | None) -> TensorGroup:
-        """View a row of the tensor dimension, as `DiTGroup.axis("tensor")` gives it."""
-        if process_group is None:
-            return cls(None, 0, 1)
-        return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
-
-    def sum(self, tensor: torch.Tensor, what: str) -> None:
-        """Add up `tensor` over the ranks, in place; all of them must call it.
-
-        Raises:
-            PeerError: a rank is gone, or did not answer in time.
-        """
-        if self.size == 1:
-            return
-        try:
-            dist.all_reduce(tensor, group=self.process_group)
-        except RuntimeError as error:
-            rank = dist.get_rank()
-            peers = [peer for peer in dist.get_process_group_ranks(self.process_group) if peer != rank]
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PeerError(rank, peers, f"sum of {what}", cause) from error
+__all__ = ["RowwiseLinear", "Shard", "shard_modules"]
 
 
 @attrs.frozen
@@ -84,7 +46,7 @@ class Shard:
 class RowwiseLinear(nn.Linear):
     """A linear layer over this rank's input features, whose outputs are summed over the ranks."""
 
-    def __init__(self, whole: nn.Linear, group: TensorGroup, name: str) -> None:
+    def __init__(self, whole: nn.Linear, group: Row, name: str) -> None:
         width = whole.in_features // group.size
         super().__init__(width, whole.out_features, whole.bias is not None, device="meta")
         self._group = group
@@ -98,7 +60,7 @@ class RowwiseLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
-def shard_modules(model: nn.Module, plan: TensorPlan, group: TensorGroup) -> Mapping[str, Shard]:
+def shard_modules(model: nn.Module, plan: TensorPlan, group: Row) -> Mapping[str, Shard]:
     """Replace a model's planned layers by this rank's slices of them, without weights.
 
     Args:
@@ -134,7 +96,7 @@ def _blocks(model: nn.Module, plan: TensorPlan) -> Iterator[tuple[str, nn.Module
             yield f"{name}.{index}", block
 
 
-def _cut_columns(model: nn.Module, name: str, group: TensorGroup) -> dict[str, Shard]:
+def _cut_columns(model: nn.Module, name: str, group: Row) -> dict[str, Shard]:
     whole = _linear(model, name)
     width = _part(whole.out_features, f"the output width of {name}", group.size)
     part = nn.Linear(whole.in_features, width, whole.bias is not None, device="meta")
@@ -143,7 +105,7 @@ def _cut_columns(model: nn.Module, name: str, group: TensorGroup) -> dict[str, S
     return {f"{name}.weight": shard} | ({} if whole.bias is None else {f"{name}.bias": shard})
 
 
-def _cut_rows(model: nn.Module, name: str, group: TensorGroup) -> dict[str, Shard]:
+def _cut_rows(model: nn.Module, name: str, group: Row) -> dict[str, Shard]:
     whole = _linear(model, name)
     width = _part(whole.in_features, f"the input width of {name}", group.size)
     model.set_submodule(name, RowwiseLinear(whole, group, name))

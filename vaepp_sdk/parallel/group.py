@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import attrs
 import torch
 import torch.distributed as dist
@@ -30,8 +32,13 @@ class DiTGroup:
     _axes: dict[str, dist.ProcessGroup | None]
 
     @classmethod
-    def create(cls, dims: ParallelDims, device: torch.device) -> DiTGroup:
+    def create(cls, dims: ParallelDims, device: torch.device, timeout: timedelta | None = None) -> DiTGroup:
         """Build the group inside an initialised job; every rank calls this at the same point.
+
+        Args:
+            dims: the dimensions.
+            device: where this rank computes.
+            timeout: the limit of one wait in the new groups; None takes torch's default.
 
         Raises:
             ValueError: the dimensions do not multiply to the world size.
@@ -40,7 +47,7 @@ class DiTGroup:
         if dims.dit_parallel_size != world_size:
             raise ValueError(f"{dims}, but the job has {world_size} ranks")
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return cls(dims, rank, device, {axis: _axis_group(dims, axis, rank) for axis in AXES})
+        return cls(dims, rank, device, {axis: _axis_group(dims, axis, rank, timeout) for axis in AXES})
 
     @property
     def world_size(self) -> int:
@@ -52,7 +59,9 @@ class DiTGroup:
         return self._axes[name]
 
 
-def _axis_group(dims: ParallelDims, axis: str, rank: int) -> dist.ProcessGroup | None:
+def _axis_group(
+    dims: ParallelDims, axis: str, rank: int, timeout: timedelta | None
+) -> dist.ProcessGroup | None:
     """This rank's process group along one axis, creating groups only where no existing one serves."""
     if dims.sizes[axis] == 1:
         return None
@@ -60,7 +69,7 @@ def _axis_group(dims: ParallelDims, axis: str, rank: int) -> dist.ProcessGroup |
         return dist.group.WORLD
     mine = None
     for row in dims.rows(axis):
-        created = dist.new_group(list(row))
+        created = dist.new_group(list(row), timeout=timeout)
         if rank in row:
             mine = created
     return mine

@@ -1,0 +1,68 @@
+"""Guidance parallelism: each of two ranks runs one half of a transformer call's batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from dims_jobs import TRUNCATED, Made, check, on
+from dit_traffic import traffic
+from pipeline_jobs import loaded, resolved_for, run
+
+from vaepp_sdk.dit.guidance import BatchSplit
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.entries import BatchPlan
+from vaepp_sdk.testing import run_ranks
+
+
+def counted_rank(rank: int, model: str) -> list[Any]:
+    """What each transformer call runs and what is sent, guided with truncation."""
+    resolved = resolved_for(model, parallel={"cfg_parallel_size": 2})
+    executor = loaded(resolved)
+    transformer, batches = executor._pipe.transformer, []
+    whole = transformer.forward._forward
+
+    def spy(x: Any, t: Any, cap_feats: Any, *others: Any, **settings: Any) -> Any:
+        batches.append((len(x), len(t), len(cap_feats)))
+        return whole(x, t, cap_feats, *others, **settings)
+
+    transformer.forward._forward = spy
+    with traffic() as seen:
+        run(executor, resolved, **TRUNCATED)
+    return [batches, seen, split_outputs(rank)]
+
+
+def split_outputs(rank: int) -> bool:
+    """Outputs of every form, of a batch of 3 and of one that is too small to share."""
+    row, plan = Row.over(torch.distributed.group.WORLD), BatchPlan(arguments=("x",))
+    value = torch.arange(3.0)[:, None]
+    as_tuple = BatchSplit(lambda x, scale=1: (x * scale, "rest"), plan, row)
+    as_object = BatchSplit(lambda x: Transformer2DModelOutput(sample=x + rank), plan, row)
+    shared, rest = as_tuple(value, scale=2)
+    found = as_object(x=value).sample
+    assert torch.equal(shared, value * 2)
+    assert rest == "rest"
+    assert torch.equal(found, value + torch.tensor([[0.0], [0.0], [1.0]])), (
+        "the second rank has the last item"
+    )
+    return torch.equal(as_object(x=value[:1]).sample, value[:1] + rank)
+
+
+def test_pictures_are_those_of_one_process(layered_model: Path, one_process: list[Made]) -> None:
+    (found,) = on(2, layered_model, {"cfg_parallel_size": 2})
+    check(found, one_process)
+    assert all(rank["groups"] == 0 for rank in found)
+
+
+def test_each_rank_runs_half_of_the_batch(tiny_model: Path) -> None:
+    guided, plain = 6, 3
+    for rank, (batches, seen, small) in enumerate(run_ranks(2, counted_rank, str(tiny_model))):
+        assert small
+        own = {6: 3, 3: 2 - rank}
+        steps = [tuple([own[size]] * 3) for size in (guided, guided, plain)]
+        assert sorted(batches, reverse=True) == steps
+        # 16 latent channels of 12 x 16 in float32; uneven halves are sent as the larger one.
+        assert sorted(seen.pop("all_gather")) == [n * 16 * 12 * 16 * 4 for n in (2, 3, 3)]
+        assert not seen, "nothing else is sent"

@@ -1,0 +1,82 @@
+"""Ulysses: sequence parts and heads of any size give the bits of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dims_jobs import Made, check, on
+from dit_traffic import traffic
+from pipeline_jobs import loaded, resolved_for, run
+from torch.nn import functional as F
+
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.dit.sequence import SequenceSplit, SplitAttention
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.testing import run_ranks
+
+
+def attention_rank(rank: int, size: int) -> dict[str, Any]:
+    """Attention alone, over heads and lengths that do not divide, against the whole."""
+    split = SequenceSplit(Row.over(torch.distributed.group.WORLD), Row(None, 0, 1))
+    equal = []
+    for heads, length, masked in ((7, 11, True), (3, 64, False), (4, 5, True)):
+        torch.manual_seed(heads)
+        query, key, value = torch.randn(3, 2, heads, length, 8)
+        mask = (torch.rand(2, 1, 1, length) > 0.3) if masked else None
+        whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        with SplitAttention(split, split.parts(length)) as mode:
+            own = [split.cut(tensor, 2) for tensor in (query, key, value)]
+            found = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask)
+        assert mode.calls == 1
+        equal.append(torch.equal(split.gather(found, 2, length, "test"), whole))
+    return {"equal": equal, "parts": split.parts(11)}
+
+
+def counted_rank(rank: int, model: str) -> Any:
+    resolved = resolved_for(model, parallel={"ulysses_degree": 2})
+    executor = loaded(resolved)
+    with traffic() as seen:
+        run(executor, resolved, num_inference_steps=1)
+    return seen
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_pictures_are_the_bits_of_one_process(
+    layered_model: Path, one_process: list[Made], size: int
+) -> None:
+    """On 3 ranks neither the 4 heads nor the sequences divide."""
+    (found,) = on(size, layered_model, {"ulysses_degree": size})
+    check(found, one_process, exact=True)
+    assert all(rank["groups"] == 0 for rank in found)
+
+
+def test_heads_and_lengths_that_do_not_divide() -> None:
+    for rank in run_ranks(3, attention_rank, 3):
+        assert rank["equal"] == [True] * 3
+        assert rank["parts"] == (4, 4, 3)
+
+
+def test_bytes_of_a_step(tiny_model: Path) -> None:
+    """Of every block: three parts of queries, keys and values leave, one of the output comes back."""
+    text, image, width = 64, 64, 48  # tokens of the templated prompt, of the picture; channels
+    for seen in run_ranks(2, counted_rank, str(tiny_model)):
+        half = [tokens * width * 4 // 4 for tokens in (image,) * 2 + (text,) * 2 + (image + text,) * 2]
+        assert seen.pop("all_to_all") == [nbytes for own in half for nbytes in (3 * own, own)]
+        assert seen.pop("all_gather") == [2 * half[0], 2 * half[2], 2 * half[4]]
+        assert not seen
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    split = SequenceSplit(Row(None, 0, 2), Row(None, 0, 1))
+    with pytest.raises(UnsupportedError, match="a sequence of 1 cannot be cut into 2 parts"):
+        split.parts(1)
+    query = torch.randn(1, 2, 4, 8)
+    for settings in ({"is_causal": True}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}):
+        with (
+            SplitAttention(split, (4, 4)),
+            pytest.raises(UnsupportedError, match="this attention is another"),
+        ):
+            F.scaled_dot_product_attention(query, query, query, **settings)

@@ -1,0 +1,84 @@
+"""Counts the bytes of the transformer's exchanges without the help of the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from vaepp_sdk.dit.row import Row
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def traffic() -> Iterator[dict[str, list[int]]]:
+    """The bytes this rank puts in, by kind of exchange; of an all-to-all, what leaves the rank."""
+    seen: dict[str, list[int]] = {}
+
+    def count(kind: str, nbytes: int) -> None:
+        seen.setdefault(kind, []).append(nbytes)
+
+    plain = {
+        name: getattr(dist, name)
+        for name in (
+            "all_reduce",
+            "all_gather",
+            "all_to_all_single",
+            "broadcast",
+            "batch_isend_irecv",
+            "isend",
+        )
+    }
+
+    def all_reduce(tensor: torch.Tensor, **settings: Any) -> Any:
+        count("all_reduce", _nbytes(tensor))
+        return plain["all_reduce"](tensor, **settings)
+
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, **settings: Any) -> Any:
+        count("all_gather", _nbytes(tensor))
+        return plain["all_gather"](parts, tensor, **settings)
+
+    def all_to_all(
+        arrived: torch.Tensor, sent: torch.Tensor, into: list[int], out: list[int], *, group: Any
+    ) -> Any:
+        leaving = sum(out) - out[dist.get_rank(group)]
+        count("all_to_all", leaving * sent.element_size())
+        return plain["all_to_all_single"](arrived, sent, into, out, group=group)
+
+    def broadcast(tensor: torch.Tensor, *, group: Any, group_src: int) -> Any:
+        if dist.get_rank(group) == group_src:
+            count("broadcast", _nbytes(tensor))
+        return plain["broadcast"](tensor, group=group, group_src=group_src)
+
+    def batch(operations: list[dist.P2POp]) -> Any:
+        send, receive = operations
+        assert send.tensor.data_ptr() != receive.tensor.data_ptr(), "a buffer is sent and received"
+        count("ring", _nbytes(send.tensor))
+        return plain["batch_isend_irecv"](operations)
+
+    send_on = Row.send
+
+    def send(row: Row, tensor: torch.Tensor, to: int, what: str) -> Any:
+        count("send", _nbytes(tensor))
+        return send_on(row, tensor, to, what)
+
+    replaced = {
+        "all_reduce": all_reduce,
+        "all_gather": all_gather,
+        "all_to_all_single": all_to_all,
+        "broadcast": broadcast,
+        "batch_isend_irecv": batch,
+    }
+    with ExitStack() as stack:
+        # A batch of messages names dist.isend itself, so single ones are counted where they are asked for.
+        stack.enter_context(patch.object(Row, "send", send))
+        for name, function in replaced.items():
+            stack.enter_context(patch.object(dist, name, function))
+        yield seen

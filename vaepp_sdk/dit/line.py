@@ -1,0 +1,144 @@
+"""Pipeline parallelism: each rank of a row holds a run of a model's layers and passes on what they make.
+
+What comes before and after the layers runs on every rank alike, so a stage knows the shapes that arrive, and
+the arguments that all layers share are never sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vaepp_sdk.dit.row import Row, even_parts
+from vaepp_sdk.entries import ChainPlan
+from vaepp_sdk.errors import UnsupportedError
+
+__all__ = ["Elsewhere", "RowsInPlace", "Stage"]
+
+
+class Elsewhere(nn.Module):
+    """Stands where a layer is that another rank holds; it has no weights and never runs."""
+
+
+class RowsInPlace(TorchFunctionMode):
+    """Inside its block, linear layers over one row for each item of a part round as on the whole batch.
+
+    A kernel is picked by the number of rows, so among fewer rows a row would round otherwise. These layers,
+    which make scales and shifts of the timestep, cost next to nothing.
+
+    Args:
+        batch: the number of rows of the whole batch.
+        start: the part's first row.
+        length: the part's number of rows.
+    """
+
+    def __init__(self, batch: int, start: int, length: int) -> None:
+        super().__init__()
+        self._batch, self._start, self._length = batch, start, length
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Take over those linear layers."""
+        if func is not F.linear or args[0].ndim != 2 or len(args[0]) != self._length:
+            return func(*args, **(kwargs or {}))
+        whole = args[0].new_zeros((self._batch, args[0].shape[1]))
+        whole.narrow(0, self._start, self._length).copy_(args[0])
+        return func(whole, *args[1:], **(kwargs or {})).narrow(0, self._start, self._length)
+
+
+@attrs.frozen(eq=False)
+class Stage:
+    """This rank's run of the layers.
+
+    Attributes:
+        plan: the layers.
+        row: the ranks that hold them, first layers first.
+    """
+
+    plan: ChainPlan
+    row: Row
+
+    def keep_own(self, model: nn.Module) -> tuple[str, ...]:
+        """Drop the layers of other ranks from a model.
+
+        Returns:
+            How the names of their weights begin.
+
+        Raises:
+            UnsupportedError: there are fewer layers than ranks.
+        """
+        layers = model.get_submodule(self.plan.blocks)
+        assert isinstance(layers, nn.ModuleList)
+        if len(layers) < self.row.size:
+            raise UnsupportedError(
+                f"pipeline_parallel_size={self.row.size} is more than the {len(layers)} layers"
+            )
+        own = self.row.own(len(layers))
+        others = [index for index in range(len(layers)) if index not in own]
+        for index in others:
+            layers[index] = Elsewhere()
+        return tuple(f"{self.plan.blocks}.{index}." for index in others)
+
+    def run(
+        self,
+        arguments: Mapping[str, Any],
+        work: Callable[[dict[str, Any]], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run all layers, this rank its own ones, and give every rank what the last layer makes.
+
+        The batch goes through in parts, so that the stages work at the same time.
+
+        Args:
+            arguments: the layers' arguments by name; the carried ones count on the first rank only.
+            work: runs this rank's layers, and returns the carried values.
+        """
+        batch = arguments[self.plan.carried[0]].shape[0]
+        made, sends = [], []
+        for part in torch.arange(batch).split(even_parts(batch, min(batch, self.row.size))):
+            start, length = int(part[0]), len(part)
+            own = self._narrowed(arguments, start, length)
+            own |= self._received(own)
+            with RowsInPlace(batch, start, length):
+                made.append(work(own))
+            sends += self._sent(made[-1])
+        for sending in sends:
+            sending.wait()
+        return self._shared([torch.cat(parts) for parts in zip(*made, strict=True)])
+
+    def _narrowed(self, arguments: Mapping[str, Any], start: int, length: int) -> dict[str, Any]:
+        return {
+            name: value.narrow(0, start, length)
+            if name in self.plan.batched and isinstance(value, torch.Tensor)
+            else value
+            for name, value in arguments.items()
+        }
+
+    def _received(self, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What the stage before made; nothing on the first."""
+        if self.row.index == 0:
+            return {}
+        arrived = {}
+        for name in self.plan.carried:
+            arrived[name] = torch.empty_like(own[name], memory_format=torch.contiguous_format)
+            self.row.receive(arrived[name], self.row.index - 1, f"{name} of {self.plan.blocks}")
+        return arrived
+
+    def _sent(self, made: tuple[torch.Tensor, ...]) -> list[Any]:
+        if self.row.index == self.row.size - 1:
+            return []
+        return [
+            self.row.send(value.contiguous(), self.row.index + 1, f"{name} of {self.plan.blocks}")
+            for name, value in zip(self.plan.carried, made, strict=True)
+        ]
+
+    def _shared(self, made: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        for name, value in zip(self.plan.carried, made, strict=True):
+            self.row.broadcast(value, self.row.size - 1, f"last {name} of {self.plan.blocks}")
+        return tuple(made)

@@ -1,0 +1,40 @@
+"""Applies a pipeline's plan to its transformer: the dimensions that do not change weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vaepp_sdk.dit.chain import Chain
+from vaepp_sdk.dit.guidance import BatchSplit
+from vaepp_sdk.dit.line import Stage
+from vaepp_sdk.dit.row import Row
+from vaepp_sdk.dit.sequence import SequenceSplit
+from vaepp_sdk.entries import DiTPlan
+from vaepp_sdk.parallel.group import DiTGroup
+
+__all__ = ["spread", "stage_of"]
+
+
+def stage_of(plan: DiTPlan, group: DiTGroup) -> Stage | None:
+    """This rank's run of the layers; None where it holds them all."""
+    row = Row.over(group.axis("pipeline"))
+    return Stage(plan.pipeline.chain, row) if plan.pipeline is not None and row.size > 1 else None
+
+
+def spread(model: Any, plan: DiTPlan, group: DiTGroup) -> None:
+    """Let a transformer that holds this rank's weights run over its rows of the DiT group.
+
+    Nothing is exchanged yet, and no process group is created.
+    """
+    split = SequenceSplit(Row.over(group.axis("ulysses")), Row.over(group.axis("ring")))
+    stage = stage_of(plan, group)
+    chains = {} if stage is None else {stage.plan.blocks: stage.plan}
+    if plan.sequence is not None and split.size > 1:
+        chains |= {chain.blocks: chain for chain in plan.sequence.chains}
+    for blocks, chain in chains.items():
+        own = stage if stage is not None and stage.plan.blocks == blocks else None
+        shared = split if split.size > 1 else None
+        model.set_submodule(blocks, Chain(model.get_submodule(blocks), chain, shared, own))
+    row = Row.over(group.axis("cfg"))
+    if plan.batch is not None and row.size > 1:
+        model.forward = BatchSplit(model.forward, plan.batch, row)
