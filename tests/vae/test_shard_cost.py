@@ -1,7 +1,8 @@
 """What a sharded decode or encode of the real VAE costs each rank, counted on shapes alone.
 
-The VAE of Flux and Z-Image at full width runs on the meta device, where shapes flow and numbers do not, so that
-live bytes and floating point operations are those of the real thing and cost nothing. Messages go nowhere.
+The VAE of Flux and Z-Image at full width runs on the meta device, where shapes flow and numbers do not, so
+that live bytes and floating point operations are those of the real thing and cost nothing. Messages go
+nowhere.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class SilentGroup(VaeGroup):
     """One rank whose peers never answer and are never waited for."""
 
     def post(self, sends: Sequence[Send], recvs: Sequence[Recv], what: str) -> Pending:
+        del recvs
         for send in sends:
             if send.tensor.numel():
                 self.traffic.add(send.tensor)
