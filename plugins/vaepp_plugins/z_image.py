@@ -64,7 +64,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             name="ZImagePipeline",
             module="diffusers.pipelines.z_image.pipeline_z_image",
             vae="AutoencoderKL",
-            strategies=("tile", "patch"),
+            strategies=("tile", "patch", "shard"),
             stages="vaepp_plugins.z_image_stages:ZImageStages",
             dit=DiTPlan(
                 component="transformer",

@@ -43,6 +43,7 @@ def jobs(ranks: int) -> list[Job]:
         Job("tile-slicing", ranks, {"strategy": "tile", "vae_use_slicing": True}, two),
         Job("patch-rank0", ranks, {"strategy": "patch"}),
         Job("patch-all", ranks, {"strategy": "patch", "output": "all"}),
+        Job("shard-rank0", ranks, {"strategy": "shard"}),
         Job("auto-small", ranks, {}, {"height": 64, "width": 64}),
     ]
     if ranks == 4:
@@ -89,8 +90,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(model: str, folder: Path, todo: list[Job]) -> dict[str, Any]:
-    """The same requests on one rank, tiled alike."""
-    single = [attrs.evolve(job, vae_size=1, vae={"vae_use_tiling": "patch" not in job.name}) for job in todo]
+    """The same requests on one rank, tiled alike: `patch` and `shard` promise the untiled picture."""
+    untiled = ("patch", "shard-")
+    single = [
+        attrs.evolve(job, vae_size=1, vae={"vae_use_tiling": not job.name.startswith(untiled)})
+        for job in todo
+    ]
     # Plain jobs have tiling off on any number of ranks.
     single = [attrs.evolve(job, vae={}) if "plain" in job.name else job for job in single]
     found: dict[str, Any] = run_ranks(1, rank_job, model, str(folder / "alone"), 1, single)[0]
