@@ -19,6 +19,7 @@ from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.landing import Piece, ShardedSample
 from vaepp_sdk.vae.plan import Box, Output
 from vaepp_sdk.vae.wrapper import ParallelVAE
+from vaepp_sdk.vae_rules import serves_one_rank
 
 __all__ = ["Decoder", "set_switches"]
 
@@ -76,7 +77,8 @@ class Decoder:
         set_switches(vae, resolved.use_tiling, settings.vae_use_slicing)
         # Checked when the spec was loaded, so the name is one of the three.
         output: Output = settings.output  # type: ignore[assignment]
-        if resolved.vae_size > 1 and resolved.entry is not None:
+        alone = serves_one_rank(settings, resolved.entry, registry)
+        if (resolved.vae_size > 1 or alone) and resolved.entry is not None:
             entry = registry.vae(type(vae))
             chooser = StrategyChooser(
                 registry,

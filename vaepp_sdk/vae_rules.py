@@ -11,7 +11,7 @@ from vaepp_sdk.registry import Registry
 from vaepp_sdk.spec import VaeSpec
 from vaepp_sdk.text import shown
 
-__all__ = ["VaeDecision", "decide_vae", "vae_faults"]
+__all__ = ["VaeDecision", "decide_vae", "serves_one_rank", "vae_faults"]
 
 _AUTO = "auto"
 
@@ -21,7 +21,7 @@ class VaeDecision:
     """What the rules make of the settings.
 
     Attributes:
-        size: ranks that share the VAE's work; 1 is the plain VAE.
+        size: ranks that share the VAE's work; 1 is the plain VAE, unless `serves_one_rank` says otherwise.
         use_tiling: whether the VAE's tiling is on; None leaves the model's own setting.
         notices: what the user is told, one sentence each.
     """
@@ -80,11 +80,18 @@ def decide_vae(
         size = ranks
     use_tiling = vae.vae_use_tiling
     if size == 1:
-        notices += _idle(vae, pipeline)
+        notices += [] if serves_one_rank(vae, entry, registry) else _idle(vae, pipeline)
     elif entry is not None and not use_tiling and _uses_tiling(vae.strategy, entry, registry):
         notices.append(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks.")
         use_tiling = True
     return VaeDecision(size, use_tiling, tuple(notices))
+
+
+def serves_one_rank(vae: VaeSpec, entry: PipelineEntry | None, registry: Registry) -> bool:
+    """Whether the named strategy and its options have work to do where one rank does all the VAE's work."""
+    strategy = registry.strategies.get(vae.strategy)
+    validated = entry is not None and vae.strategy in entry.strategies
+    return strategy is not None and validated and strategy.serves_one_rank(vae.options)
 
 
 def _adapter_faults(size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:

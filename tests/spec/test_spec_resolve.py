@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
-from spec_models import PIPELINE, model_folder, stand_in_registry
+from spec_models import PIPELINE, StandIn, model_folder, stand_in_registry
 
+from vaepp_sdk.entries import StrategyEntry
 from vaepp_sdk.errors import PluginError, SpecError, UnsupportedError
+from vaepp_sdk.markers import hookimpl
 from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.resolve import Resolved, resolve
 from vaepp_sdk.spec import ModelSpec, ParallelSpec, PipelineSpec
+from vaepp_sdk.vae_rules import serves_one_rank
 
 REGISTRY = stand_in_registry()
 
@@ -111,6 +115,28 @@ def test_settings_without_effect_are_said(model: Path) -> None:
     assert resolved(model, vae={"output": "all"}).notices[0].startswith("vae.output takes no effect")
     assert resolved(model, vae={"vae_use_slicing": True, "vae_use_tiling": True}).notices == ()
     assert resolved(model, vae={"vae_use_tiling": True}).use_tiling is True
+
+
+def test_an_option_can_give_one_rank_work(model: Path) -> None:
+    class Alone(StandIn):
+        @hookimpl
+        def vaepp_register_strategies(self, register: Callable[[Any], None]) -> None:
+            def changed(entry: StrategyEntry) -> None:
+                options = ("halo",) if entry.name == "bands" else ()
+                register(attrs.evolve(entry, single_rank_options=options))
+
+            super().vaepp_register_strategies(changed)
+
+    registry = Registry()
+    registry.add(Plugin("stand_in", "stand-in 1.0"), Alone())
+    vae = {"strategy": "bands", "output": "all", "options": {"halo": 3}}
+    found = resolved(model, vae=vae, registry=registry)
+    assert (found.vae_size, found.notices) == (1, ())
+    assert serves_one_rank(found.spec.vae, found.entry, registry)
+    idle = resolved(model, vae={"strategy": "bands"}, registry=registry)
+    assert idle.notices
+    assert not serves_one_rank(idle.spec.vae, idle.entry, registry)
+    assert not serves_one_rank(found.spec.vae, None, registry)
 
 
 def test_strategies(model: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from counted import counted
+from pipeline_jobs import loaded, resolved_for, run
 from shard_cases import Case, Expected, close, expect, landed, prepared, whole
 from vaepp_strategies.shard_limit import parse_bytes
 
@@ -198,3 +201,16 @@ def test_a_vae_that_is_no_straight_sequence_is_refused_by_name() -> None:
     vae, value = prepared(Case((16, 8), vae="tiny"))
     with pytest.raises(UnsupportedError, match=r"'shard' cannot run row blocks: .*"):
         parallelize_vae(vae, strategy="shard", row_blocks=2).decode(value)
+
+
+def test_a_pipeline_on_one_rank_takes_the_options(tiny_model: Path) -> None:
+    plain = resolved_for(tiny_model)
+    blocked = resolved_for(tiny_model, vae={"strategy": "shard", "options": {"row_blocks": 3}})
+    assert (blocked.vae_size, blocked.notices) == (1, ())
+    wanted = run(loaded(plain), plain).images[0]
+    executor = loaded(blocked)
+    found = run(executor, blocked).images[0]
+    assert executor._decoder is not None
+    assert executor._decoder.vae.last_plan.blocks.count == 3
+    apart = np.asarray(wanted, dtype=int) - np.asarray(found, dtype=int)
+    assert abs(apart).max() <= 1  # a value between two steps of 8 bits may be rounded either way

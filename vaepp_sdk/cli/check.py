@@ -14,6 +14,7 @@ from vaepp_sdk.request import make_request
 from vaepp_sdk.resolve import Resolved, resolve
 from vaepp_sdk.runtime.inplace import check_size, find_launch
 from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.vae_rules import serves_one_rank
 
 __all__ = ["check"]
 
@@ -44,11 +45,13 @@ def _decisions(resolved: Resolved) -> list[tuple[str, str]]:
     vae = resolved.spec.vae
     tiling = {True: "on", False: "off", None: "the model's own setting"}[resolved.use_tiling]
     plain = "one rank, the plain VAE"
-    shared = f"{resolved.vae_size} ranks, strategy {vae.strategy}, output {vae.output}"
+    ranks = "1 rank" if resolved.vae_size == 1 else f"{resolved.vae_size} ranks"
+    shared = f"{ranks}, strategy {vae.strategy}, output {vae.output}"
+    alone = serves_one_rank(vae, resolved.entry, default_registry())
     return [
         ("pipeline", resolved.pipeline_class),
         ("model", str(resolved.model_path)),
         ("device", resolved.spec.model.device),
         ("ranks", str(resolved.dims)),
-        ("vae", f"{shared if resolved.vae_size > 1 else plain}; tiling: {tiling}"),
+        ("vae", f"{shared if resolved.vae_size > 1 or alone else plain}; tiling: {tiling}"),
     ]

@@ -113,12 +113,16 @@ class VaeGroup:
     def over(
         cls, process_group: dist.ProcessGroup | None, size: int, timeout: timedelta = timedelta(minutes=10)
     ) -> VaeGroup:
-        """View the first `size` ranks of a process group (None: the world group) of an initialised job.
+        """View the first `size` ranks of a process group (None: the world group).
+
+        Without an initialised job, this process is the only rank.
 
         Raises:
             ValueError: the size is not between 1 and the group's size, or this process is not in the group.
         """
-        rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        rank, world_size = 0, 1
+        if process_group is not None or dist.is_initialized():
+            rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if rank < 0:
             raise ValueError("this process is not a member of the given process group")
         if not 1 <= size <= world_size:

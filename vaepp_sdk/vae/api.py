@@ -77,8 +77,7 @@ def parallelize_vae(
     if chooser.uses_tiling and not adapter.facts().use_tiling:
         _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
         adapter.vae.enable_tiling()
-    view = VaeGroup.over(group, size, timeout) if dist.is_initialized() else VaeGroup(None, 0, 1, 1, timeout)
-    return ParallelVAE(adapter, view, chooser, output)
+    return ParallelVAE(adapter, VaeGroup.over(group, size, timeout), chooser, output)
 
 
 def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | None) -> int:
