@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from trained import PHOTOS, RANGE, VAES, latent, load, needs_data, photo
-
 from vaepp_plugins.vae_kl import KLAdapter
 from vaepp_plugins.vae_tiny import TinyAdapter
+from vaepp_strategies.shard_run import ShardStrategy
+
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae.plan import Work
-from vaepp_strategies.shard_run import ShardStrategy
 
 Figures = dict[tuple[str, str], tuple[float, float, int]]
 """By photo and direction: the largest difference, that in 16 rows around each seam, and the ranks at work."""
@@ -42,7 +42,8 @@ def shard_photos(rank: int, name: str) -> Figures:
             assert found is not None
             apart = (found - expected).abs() / (RANGE if decoding else float(expected.abs().max()))
             axis = plan.parts.axis
-            starts = [(window.target.top if axis == -2 else window.target.left) for window in plan.windows[1:]]
+            later = [window.target for window in plan.windows[1:]]
+            starts = [box.top if axis == -2 else box.left for box in later]
             seams = [apart.narrow(axis, max(0, start - 8), 16).max().item() for start in starts]
             figures[picture, direction] = (apart.max().item(), max(seams), len(plan.windows))
     return figures
