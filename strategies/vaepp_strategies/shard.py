@@ -10,11 +10,18 @@ VAEPP_API = 1
 
 _ENTRY = StrategyEntry(
     name="shard",
-    factory="vaepp_strategies.shard_run:ShardStrategy",
+    factory="vaepp_strategies.shard_modes:shard_strategy",
     promise=(
         "equal up to rounding to the untiled decode or encode on one rank; no seam and no repeated work"
     ),
     options=(
+        Option(
+            name="deterministic",
+            kind="string",
+            default="off",
+            choices=("off", "reference"),
+            help="What the bits are equal to: nothing in particular, or the untiled result on one rank.",
+        ),
         Option(
             name="row_blocks",
             kind="integer",

@@ -19,7 +19,7 @@ from vaepp_strategies.shard_layers import band_forwards, refused_layers
 from vaepp_strategies.shard_limit import row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 
-__all__ = ["ShardStrategy"]
+__all__ = ["ShardStrategy", "WindowCall", "input_halo"]
 
 WindowCall = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,7 +100,7 @@ def _band(
     bands = Bands(group, plan.parts, len(plan.steps))
     band = value[(..., *window.source.slices)].contiguous()
     if plan.input_reach:
-        bands.carry(band, _input_halo(value, plan, group.rank))
+        bands.carry(band, input_halo(value, plan, group.rank))
     forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
     if plan.blocks is not None:
         sequence = adapter.vae.get_submodule(plan.blocks.sequence.name)
@@ -109,8 +109,8 @@ def _band(
         return window_call(band)
 
 
-def _input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:
-    """The rows around this rank's band of the input, which every rank holds."""
+def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:
+    """The rows around a rank's band of the input, which every rank holds."""
     axis, part, reach = plan.parts.axis, plan.parts.parts[rank], plan.input_reach
     start, end = part.start, part.start + part.length
     first, last = max(0, start - reach.above), min(value.shape[axis], end + reach.below)

@@ -12,7 +12,16 @@ from vaepp_sdk.vae.trace import INPUT, UNKNOWN, LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Window, rows_before
 
-__all__ = ["COVERING", "ShardStep", "ShardSteps", "call_window", "shard_steps", "visible_calls"]
+__all__ = [
+    "COVERING",
+    "ShardStep",
+    "ShardSteps",
+    "call_scale",
+    "call_source",
+    "call_window",
+    "shard_steps",
+    "visible_calls",
+]
 
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "sums"]
 
@@ -169,7 +178,7 @@ def _needed(call: LayerCall, given: Reach) -> Reach:
 
 def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:
     """The call that has rows for this one, `INPUT`, or None where this one must fetch them itself."""
-    source = _source(trace, index)
+    source = call_source(trace, index)
     while source >= 0:
         call = trace.calls[source]
         if call.kind in _GIVERS or _gives_for_nothing(trace, source, reach):
@@ -185,7 +194,7 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
 
     Between the two stand only layers that work position by position, so the rows can go through them.
     """
-    best, source = index, _source(trace, index)
+    best, source = index, call_source(trace, index)
     while source >= 0 and _passes_through(trace, source):
         call = trace.calls[source]
         if call.kind == "Conv2d" and call.in_shape[1] < trace.calls[best].in_shape[1]:
@@ -194,7 +203,7 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
     return best
 
 
-def _source(trace: LayerTrace, index: int) -> int:
+def call_source(trace: LayerTrace, index: int) -> int:
     """Where a call's input comes from; `Upsample2D` interpolates before it calls its convolution."""
     call = trace.calls[index]
     upsamples = call.inside >= 0 and trace.calls[call.inside].kind == "Upsample2D"
@@ -210,7 +219,7 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     call = trace.calls[index]
     if call.kind != "Conv2d" or call_window(call).stride != 1 or call_window(call).pointwise:
         return False
-    source = _source(trace, index)
+    source = call_source(trace, index)
     while source >= 0 and trace.calls[source].kind not in _GIVERS:
         if not _passes_through(trace, source):
             return False
@@ -241,7 +250,7 @@ def call_window(call: LayerCall) -> Window:
 
 def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> ShardStep | None:
     """What a call exchanges, or None; `reach` is what it fetches itself."""
-    scale = _scale(trace, index)
+    scale = call_scale(trace, index)
     channels = call.in_shape[1] if reach else 0
     if call.kind == "GroupNorm":
         groups = int(call.setting("num_groups"))
@@ -272,7 +281,7 @@ def _linear_sums(trace: LayerTrace, index: int) -> int:
     return scales * inner.out_shape[-1] // head * head * (head + 1)
 
 
-def _scale(trace: LayerTrace, index: int) -> Scale:
+def call_scale(trace: LayerTrace, index: int) -> Scale:
     """A call's resolution; inside attention, where positions are in one row, that of the attention."""
     shapes = (trace.calls[at].in_shape for at in (index, *_enclosing(trace, index)))
     rows = next(shape[-2] for shape in shapes if len(shape) == len(trace.in_shape))

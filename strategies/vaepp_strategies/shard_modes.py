@@ -1,0 +1,31 @@
+"""`shard` by its `deterministic` option: rounding may differ, or may not."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.vae.strategy import Strategy
+from vaepp_strategies.shard_reference import ReferenceStrategy
+from vaepp_strategies.shard_run import ShardStrategy
+
+__all__ = ["Deterministic", "shard_strategy"]
+
+Deterministic = Literal["off", "reference"]
+
+
+def shard_strategy(deterministic: Deterministic = "off", **options: Any) -> Strategy[Any]:
+    """The strategy for a set of options; see the entry of `shard` for what they mean.
+
+    Raises:
+        UnsupportedError: the options do not go together.
+    """
+    if deterministic == "off":
+        return ShardStrategy(**options)
+    if options:
+        names = " and ".join(sorted(options))
+        raise UnsupportedError(
+            f"deterministic = {deterministic!r} does not go together with {names}: row blocks round in their "
+            "own way; leave one of the two out"
+        )
+    return ReferenceStrategy()
