@@ -104,8 +104,9 @@ def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span
     latents = [span.length if work.direction == "decode" else span.out for span in (*rows, *columns)]
     if min(latents) < grid.least:
         raise UnsupportedError(
-            f"{facts.vae_class} cannot {work.direction} {work.shape[-2]} x {work.shape[-1]}: a tile would have a "
-            f"side of {min(latents)} latents, and it takes {grid.least} or more; change the size or the tiles"
+            f"{facts.vae_class} cannot {work.direction} {work.shape[-2]} x {work.shape[-1]}: a tile would "
+            f"have a side of {min(latents)} latents, and it takes {grid.least} or more; change the size or "
+            "the tiles"
         )
     return rows, columns
 

@@ -179,7 +179,8 @@ def test_files_hold_what_made_them(tiny_model: Path, tmp_path: Path) -> None:
         assert text["seed"] == str(7 + index)
         assert "vaepp 0" in text["Software"]
         held = json.loads(text["vaepp"])
-        assert held["spec"] == resolved.spec.to_dict()
+        assert held["spec"] == resolved.spec.to_shareable()
+        assert str(resolved.model_path.parent) not in str(held)
         assert held["call"] | {"seed": 7} == {**CALL, **call}
         assert held["pipeline"] == "ZImagePipeline"
     again = run(executor, resolved, save=True)
