@@ -35,7 +35,10 @@ __all__ = ["Job", "measure"]
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """One launch: `what` is `untiled`, `tiled` or a strategy; `tile` is the VAE's tile in pixels."""
+    """One launch; `tile` is the VAE's tile in pixels.
+
+    `what` is `untiled`, `tiled` or a strategy, and behind a colon its `deterministic`: `shard:reference`.
+    """
 
     what: str
     vae: str
@@ -75,7 +78,9 @@ def measure(rank: int, job: Job) -> dict[str, Any]:
 
 def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, Any]:
     adapter = KLAdapter(vae)
-    strategy: Any = load_object(default_registry().strategy(job.what).factory, job.what)()
+    name, _, mode = job.what.partition(":")
+    options = {"deterministic": mode} if mode else {}
+    strategy: Any = load_object(default_registry().strategy(name).factory, name)(**options)
     group = VaeGroup.over(None, job.ranks, timedelta(hours=1))
     work = Work(
         direction=job.direction,
@@ -87,6 +92,9 @@ def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, A
     )
     plan = strategy.plan(adapter.facts(), work)
     run = strategy.decode if job.direction == "decode" else strategy.encode
+    if mode:  # the first run checks kernels besides
+        run(adapter, value, group, plan)
+        group.traffic.reset()
     found = _counted(lambda: run(adapter, value, group, plan))
     kinds: Counter[str] = Counter()
     for move in plan.moves:

@@ -19,8 +19,9 @@ _ENTRY = StrategyEntry(
             name="deterministic",
             kind="string",
             default="off",
-            choices=("off", "reference"),
-            help="What the bits are equal to: nothing in particular, or the untiled result on one rank.",
+            choices=("off", "reference", "ranks"),
+            help="Equal bits: `reference`, those of the untiled result on one rank; `ranks`, the same ones "
+            "for every number of ranks.",
         ),
         Option(
             name="row_blocks",
@@ -35,7 +36,7 @@ _ENTRY = StrategyEntry(
             help='The most live bytes of a rank, weights excluded, as in "6GiB"; chooses row_blocks itself.',
         ),
     ),
-    single_rank_options=("row_blocks", "peak_limit"),
+    single_rank_options=("row_blocks", "peak_limit", "deterministic"),
 )
 
 

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.strategy import Strategy
+from vaepp_strategies.shard_grid import GridStrategy
 from vaepp_strategies.shard_reference import ReferenceStrategy
 from vaepp_strategies.shard_run import ShardStrategy
 
 __all__ = ["Deterministic", "shard_strategy"]
 
-Deterministic = Literal["off", "reference"]
+Deterministic = Literal["off", "reference", "ranks"]
 
 
 def shard_strategy(deterministic: Deterministic = "off", **options: Any) -> Strategy[Any]:
@@ -28,4 +29,4 @@ def shard_strategy(deterministic: Deterministic = "off", **options: Any) -> Stra
             f"deterministic = {deterministic!r} does not go together with {names}: row blocks round in their "
             "own way; leave one of the two out"
         )
-    return ReferenceStrategy()
+    return ReferenceStrategy() if deterministic == "reference" else GridStrategy()

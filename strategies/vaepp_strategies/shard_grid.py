@@ -1,0 +1,167 @@
+"""`deterministic = "ranks"`: one fixed grid of bands, dealt to however many ranks there are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from vaepp_sdk.errors import VaeppWarning
+from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.vae.adapter import VaeAdapter
+from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.landing import Landed, land, landing_moves
+from vaepp_sdk.vae.plan import Move, Work, WorkPlan, split_evenly
+from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.lockstep import BandGroup, Lockstep
+from vaepp_strategies.layers.swap import swapped
+from vaepp_strategies.shard_layers import band_forwards
+from vaepp_strategies.shard_plan import ShardPlan, plan_shards
+from vaepp_strategies.shard_run import ShardStrategy, WindowCall, input_halo
+
+__all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid"]
+
+GRID = 4
+"""Bands of the grid, where the latent allows as many; with another number, results would round otherwise."""
+
+Forward = Callable[..., Any]
+
+
+@attrs.frozen(kw_only=True)
+class GridPlan(WorkPlan):
+    """A work plan whose windows are the bands of a fixed grid; a rank owns neighbouring ones.
+
+    Attributes:
+        grid: the plain plan of as many ranks as the grid has bands.
+        owners: the rank of each band.
+    """
+
+    grid: ShardPlan
+    owners: tuple[int, ...]
+
+
+def plan_grid(facts: VaeFacts, work: Work) -> GridPlan:
+    """Plan for the grid, and deal its bands; only the dealing depends on the number of ranks.
+
+    Raises:
+        UnsupportedError: as the plain mode.
+    """
+    grid = plan_shards(facts, attrs.evolve(work, ranks=GRID, output="sharded"))
+    shares = split_evenly(len(grid.windows), work.ranks)
+    owners = tuple(rank for rank, (_, size) in enumerate(shares) for _ in range(size))
+    windows = tuple(attrs.evolve(window, owner=owners[window.index]) for window in grid.windows)
+    pieces = {window.index: grid.piece_bytes(window) for window in windows}
+    between = tuple(
+        Move(move.round, move.kind, owners[move.src], owners[move.dst], move.nbytes)
+        for move in grid.moves
+        if owners[move.src] != owners[move.dst]
+    )
+    return GridPlan(
+        strategy=grid.strategy,
+        work=work,
+        windows=windows,
+        out_shape=grid.out_shape,
+        moves=between + landing_moves(windows, pieces, work.output, work.world_size, len(grid.steps)),
+        peak_bytes=tuple(
+            sum(grid.peak_bytes[band] for band, owner in enumerate(owners) if owner == rank)
+            for rank in range(work.ranks)
+        ),
+        grid=grid,
+        owners=owners,
+    )
+
+
+class GridStrategy(ShardStrategy):
+    """Runs every band of the grid as if it had a rank of its own, whoever owns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned = False
+
+    def plan(self, facts: VaeFacts, work: Work) -> GridPlan:  # type: ignore[override]
+        """See `Strategy.plan`."""
+        return plan_grid(facts, work)
+
+    def decode(  # type: ignore[override]
+        self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: GridPlan
+    ) -> Landed:
+        """See `Strategy.decode`."""
+
+        def window_call(band: torch.Tensor) -> torch.Tensor:
+            return adapter.finish_decode(adapter.decode_window(band))
+
+        return self._land(adapter, window_call, latent, group, plan)
+
+    def encode(  # type: ignore[override]
+        self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: GridPlan
+    ) -> Landed:
+        """See `Strategy.encode`."""
+        return self._land(adapter, adapter.encode_window, picture, group, plan)
+
+    @torch.no_grad()
+    def _land(
+        self, adapter: VaeAdapter, call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
+    ) -> Landed:
+        pieces: dict[int, torch.Tensor] = {}
+        if plan.owned(group.rank):
+            alone = len(plan.windows) == 1
+            pieces = {0: call(value)} if alone else _bands(adapter, call, value, group, plan)
+            group.progress(len(plan.grid.steps) + 1, len(plan.grid.steps) + 1)
+        landed = land(pieces, group, plan, value.dtype, value.device)
+        if group.rank == 0 and value.device.type == "cuda" and not self._warned:
+            self._warned = _warn_of_choice()
+        return landed
+
+
+def _bands(
+    adapter: VaeAdapter, call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
+) -> dict[int, torch.Tensor]:
+    """The output of every band of this rank."""
+    trace = adapter.facts().layers(plan.work.direction)
+    assert trace is not None, "a plan was made from the layers"
+    lockstep, grid = Lockstep(group, plan.owners), plan.grid
+    bands = {
+        window.index: Bands(BandGroup.of(lockstep, window.index), grid.parts, len(grid.steps))
+        for window in plan.owned(group.rank)
+    }
+    forwards = {band: band_forwards(trace, adapter.vae, one, grid) for band, one in bands.items()}
+
+    def work(band: int) -> torch.Tensor:
+        rows = value[(..., *grid.windows[band].source.slices)].contiguous()
+        if grid.input_reach:
+            bands[band].carry(rows, input_halo(value, grid, band))
+        return call(rows)
+
+    with swapped(_of_current(lockstep, forwards)):
+        return lockstep.run(work, value.device)
+
+
+def _of_current(
+    lockstep: Lockstep, forwards: Mapping[int, Mapping[nn.Module, Forward]]
+) -> dict[nn.Module, Forward]:
+    """Each layer's forward of the band that runs."""
+
+    def dispatched(layer: nn.Module) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return forwards[lockstep.current][layer](*args, **kwargs)
+
+        return forward
+
+    return {layer: dispatched(layer) for layer in forwards[lockstep.current]}
+
+
+def _warn_of_choice() -> bool:
+    """Warn where kernels are chosen by timing, which no fixed grid can make repeatable."""
+    if not torch.backends.cudnn.benchmark:
+        return False
+    warnings.warn(
+        "deterministic = 'ranks' cannot be kept while torch.backends.cudnn.benchmark is on: kernels are then "
+        "chosen by timing",
+        VaeppWarning,
+        stacklevel=2,
+    )
+    return True
