@@ -38,6 +38,7 @@ def moments(values: torch.Tensor, groups: int) -> torch.Tensor:
         means = wide.mean(dim=-1)
         result[0, :, first : first + step] = means
         result[1, :, first : first + step] = wide.sub_(means.unsqueeze(-1)).square_().sum(dim=-1)
+        del wide  # before the next chunk is copied
     return result
 
 
