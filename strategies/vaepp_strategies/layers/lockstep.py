@@ -147,7 +147,8 @@ class BandGroup(VaeGroup):
 def _torch_state(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """The caller's modes, which torch keeps for each thread, for another thread."""
     inference, kind = torch.is_inference_mode_enabled(), device.type
-    autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else None
     watchers = _get_current_dispatch_mode_stack()
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
@@ -156,7 +157,8 @@ def _torch_state(device: torch.device) -> Callable[[], AbstractContextManager[No
         with ExitStack() as modes:
             modes.enter_context(torch.inference_mode(inference))
             modes.enter_context(torch.no_grad())
-            modes.enter_context(torch.autocast(kind, dtype, enabled=autocast))
+            if autocast:
+                modes.enter_context(torch.autocast(kind, dtype))
             for watcher in watchers:  # such as those that count operations or bytes
                 _push_mode(watcher)
                 modes.callback(_pop_mode)
