@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from test_shard_cost import Cost, SilentGroup, _shape, cost, flux_vae, untiled_cost
-
 from vaepp_plugins.vae_kl import KLAdapter
+from vaepp_strategies.shard_modes import Deterministic, shard_strategy
+
 from vaepp_sdk.vae.facts import Direction
 from vaepp_sdk.vae.plan import Work
-from vaepp_strategies.shard_modes import Deterministic, shard_strategy
 
 LIMITS: dict[Deterministic, tuple[float, float]] = {
     # Peak and work times the ranks, against the untiled run: four ranks.
