@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_shard_cost import Cost, SilentGroup, _shape, cost, flux_vae, untiled_cost
+from test_shard_cost import (  # type: ignore[import-not-found]  # beside this file, not on mypy's path
+    Cost,
+    SilentGroup,
+    _shape,
+    cost,
+    flux_vae,
+    untiled_cost,
+)
 from vaepp_plugins.vae_kl import KLAdapter
 from vaepp_strategies.shard_modes import Deterministic, shard_strategy
 
