@@ -72,13 +72,13 @@ def cost(run: Callable[[], Any]) -> Cost:
         )
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
-    with (
-        torch.no_grad(),
-        patch.object(F, "scaled_dot_product_attention", fused),
-        LiveBytes() as live,
-        FlopCounterMode(display=False) as work,
-    ):
-        run()
+    # One after the other: the counter of operations keeps tensors alive that LiveBytes would count.
+    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", fused):
+        with LiveBytes() as live:
+            run()
+        attention = 0
+        with FlopCounterMode(display=False) as work:
+            run()
     return Cost(live.peak, work.get_total_flops() + attention)
 
 
@@ -96,7 +96,12 @@ def shard_cost(vae: Any, direction: Direction, pixels: int, ranks: int, rank: in
     plan = strategy.plan(adapter.facts(), work)
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     run = strategy.decode if direction == "decode" else strategy.encode
-    found = cost(lambda: run(adapter, value, group, plan))
+
+    def run_once() -> None:
+        group.traffic.reset()
+        run(adapter, value, group, plan)
+
+    found = cost(run_once)
     assert group.traffic.nbytes == plan.bytes_sent(rank)
     return attrs.evolve(found, sent=group.traffic.nbytes)
 
