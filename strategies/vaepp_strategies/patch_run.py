@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaepp_sdk.errors import UnsupportedError, VaeppWarning
+from vaepp_sdk.errors import VaeppWarning
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import VaeFacts
@@ -17,7 +17,7 @@ from vaepp_sdk.vae.landing import Landed, land
 from vaepp_sdk.vae.plan import Work
 from vaepp_strategies.layers.attention import shared_attention
 from vaepp_strategies.layers.exchange import Exchange
-from vaepp_strategies.layers.inspect import unknown_layers
+from vaepp_strategies.layers.inspect import refuse_unknown, unknown_layers
 from vaepp_strategies.layers.norm import shared_group_norm
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.patch import Share
@@ -47,20 +47,7 @@ class PatchStrategy:
 
     def check(self, adapter: VaeAdapter) -> None:
         """See `Strategy.check`: refuses layers that look further than their neighbourhood."""
-        facts = adapter.facts()
-        for direction in ("decode", "encode"):
-            trace = facts.layers(direction)
-            if trace is None:
-                raise UnsupportedError(
-                    f"strategy 'patch' cannot serve a {facts.vae_class}: its adapter does not say which "
-                    f"layers {direction} calls"
-                )
-            faults = unknown_layers(trace, adapter.vae)
-            if faults:
-                raise UnsupportedError(
-                    f"strategy 'patch' cannot {direction} with this {facts.vae_class}:\n  "
-                    + "\n  ".join(faults)
-                )
+        refuse_unknown("patch", adapter, unknown_layers)
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: PatchPlan) -> Landed:
         """See `Strategy.decode`."""

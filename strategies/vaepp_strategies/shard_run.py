@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import Landed, land
 from vaepp_sdk.vae.plan import Window, Work
 from vaepp_strategies.layers.bands import Bands, Halo
+from vaepp_strategies.layers.inspect import refuse_unknown
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_blocks import sequence_forward
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
@@ -44,20 +44,7 @@ class ShardStrategy:
 
     def check(self, adapter: VaeAdapter) -> None:
         """See `Strategy.check`: refuses layers that this strategy does not know how to run on a band."""
-        facts = adapter.facts()
-        for direction in ("decode", "encode"):
-            trace = facts.layers(direction)
-            if trace is None:
-                raise UnsupportedError(
-                    f"strategy 'shard' cannot serve a {facts.vae_class}: its adapter does not say which "
-                    f"layers {direction} calls"
-                )
-            faults = refused_layers(trace, adapter.vae)
-            if faults:
-                raise UnsupportedError(
-                    f"strategy 'shard' cannot {direction} with this {facts.vae_class}:\n  "
-                    + "\n  ".join(faults)
-                )
+        refuse_unknown("shard", adapter, refused_layers)
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
         """See `Strategy.decode`."""

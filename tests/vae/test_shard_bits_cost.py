@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
-import torch
 from test_shard_cost import (  # type: ignore[import-not-found]  # beside this file, not on mypy's path
-    Cost,
-    SilentGroup,
-    _shape,
-    cost,
     flux_vae,
+    strategy_cost,
     untiled_cost,
 )
-from vaepp_plugins.vae_kl import KLAdapter
 from vaepp_strategies.shard_modes import Deterministic, shard_strategy
 
 from vaepp_sdk.vae.facts import Direction
-from vaepp_sdk.vae.plan import Work
 
 LIMITS: dict[Deterministic, tuple[float, float]] = {
     # Peak and work times the ranks, against the untiled run: four ranks.
@@ -28,31 +21,9 @@ LIMITS: dict[Deterministic, tuple[float, float]] = {
 }
 
 
-def bits_cost(
-    vae: Any, mode: Deterministic, direction: Direction, pixels: int, ranks: int, rank: int
-) -> Cost:
-    adapter = KLAdapter(vae)
-    strategy: Any = shard_strategy(deterministic=mode)
-    value = torch.empty(_shape(direction, pixels), dtype=torch.bfloat16, device="meta")
-    work = Work(
-        direction=direction,
-        shape=tuple(value.shape),
-        itemsize=2,
-        ranks=ranks,
-        world_size=ranks,
-        output="sharded",
-    )
-    plan = strategy.plan(adapter.facts(), work)
-    group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
-    run = strategy.decode if direction == "decode" else strategy.encode
-
-    def run_once() -> None:
-        group.traffic.reset()
-        run(adapter, value, group, plan)
-
-    found = cost(run_once)
-    assert group.traffic.nbytes == plan.bytes_sent(rank)
-    return Cost(found.peak, found.work, group.traffic.nbytes)
+def bits_cost(vae: Any, mode: Deterministic, direction: Direction, pixels: int, ranks: int, rank: int) -> Any:
+    strategy = shard_strategy(deterministic=mode)
+    return strategy_cost(strategy, vae, direction, pixels, ranks, rank)
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])

@@ -83,7 +83,11 @@ def cost(run: Callable[[], Any]) -> Cost:
 
 
 def shard_cost(vae: Any, direction: Direction, pixels: int, ranks: int, rank: int) -> Cost:
-    adapter, strategy = KLAdapter(vae), ShardStrategy()
+    return strategy_cost(ShardStrategy(), vae, direction, pixels, ranks, rank)
+
+
+def strategy_cost(strategy: Any, vae: Any, direction: Direction, pixels: int, ranks: int, rank: int) -> Cost:
+    adapter = KLAdapter(vae)
     value = torch.empty(_shape(direction, pixels), dtype=torch.bfloat16, device="meta")
     work = Work(
         direction=direction,

@@ -19,9 +19,11 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 
-__all__ = ["KNOWN_LAYERS", "Check", "unknown_layers"]
+__all__ = ["KNOWN_LAYERS", "Check", "refuse_unknown", "unknown_layers"]
 
 Check = Callable[[Any], str | None]
 """Looks at one layer of a known class: what is wrong with it, or None."""
@@ -66,6 +68,35 @@ KNOWN_LAYERS: Mapping[type[nn.Module], Check] = {
     Attention: _attention,
 }
 """Layers whose output at a position depends on its neighbourhood only, or that this package replaces."""
+
+
+def refuse_unknown(
+    strategy: str, adapter: VaeAdapter, faults_of: Callable[[LayerTrace, nn.Module], list[str]]
+) -> None:
+    """Refuse a VAE by the layers that its decode or encode calls.
+
+    Args:
+        strategy: the strategy's name, for the message.
+        adapter: the VAE.
+        faults_of: what is wrong with the layers of one direction, a line each.
+
+    Raises:
+        UnsupportedError: the layers are not known, or some of them cannot be served.
+    """
+    facts = adapter.facts()
+    for direction in ("decode", "encode"):
+        trace = facts.layers(direction)
+        if trace is None:
+            raise UnsupportedError(
+                f"strategy {strategy!r} cannot serve a {facts.vae_class}: its adapter does not say which "
+                f"layers {direction} calls"
+            )
+        faults = faults_of(trace, adapter.vae)
+        if faults:
+            raise UnsupportedError(
+                f"strategy {strategy!r} cannot {direction} with this {facts.vae_class}:\n  "
+                + "\n  ".join(faults)
+            )
 
 
 def unknown_layers(
