@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event
 from vaepp_sdk.executor import Executor, RankResult
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.registry import Registry, default_registry
@@ -29,7 +29,7 @@ CALL: Mapping[str, Any] = {
 }
 
 
-def unwatched(event: StageStart | StageEnd | Progress) -> None:
+def unwatched(event: Event) -> None:
     """An observer that looks away."""
 
 

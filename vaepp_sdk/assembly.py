@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 
+import vaepp_sdk
 from vaepp_sdk.dit.loading import load_sharded
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.spread import spread, stage_of
@@ -19,7 +20,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.resolve import Resolved
 
-__all__ = ["build_pipeline", "quiet_libraries"]
+__all__ = ["build_pipeline", "quiet_libraries", "software"]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -46,21 +47,27 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
     pipeline_class = _pipeline_class(resolved)
     _refuse_pickles(resolved.model_path)
     dtype: torch.dtype = getattr(torch, model.dtype)
-    sharded = _sharded_components(resolved, group, dtype)
+    given = _given_components(resolved, group, dtype)
     pipe = pipeline_class.from_pretrained(
         resolved.model_path,
         variant=model.variant,
         use_safetensors=True,
         local_files_only=True,
         **{_dtype_argument(): dtype},
-        **sharded,
+        **given,
     )
     pipe.to(group.device)
     pipe.set_progress_bar_config(disable=True)
     dit = resolved.entry.dit if resolved.entry else None
-    if dit is not None:
+    if dit is not None and not resolved.decode_only:
         spread(getattr(pipe, dit.component), dit, group)
     return pipe
+
+
+def software() -> str:
+    """Names and versions of what makes pictures."""
+    versions = (("vaepp", vaepp_sdk), ("diffusers", diffusers), ("torch", torch))
+    return ", ".join(f"{name} {module.__version__}" for name, module in versions)
 
 
 def _pipeline_class(resolved: Resolved) -> Any:
@@ -74,6 +81,19 @@ def _pipeline_class(resolved: Resolved) -> Any:
             f"diffusers {diffusers.__version__} has no {name}; upgrade it, or install the plugin that has it"
         )
     return found
+
+
+def _given_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -> dict[str, Any]:
+    """The components that diffusers is not to load itself."""
+    if resolved.decode_only:
+        return _without_weights(resolved)
+    return _sharded_components(resolved, group, dtype)
+
+
+def _without_weights(resolved: Resolved) -> dict[str, Any]:
+    """The components that have weights and that decoding does not need, each as nothing."""
+    folders = (path for path in resolved.model_path.iterdir() if path.is_dir() and path.name != "vae")
+    return {path.name: None for path in folders if any(path.glob("*.safetensors"))}
 
 
 def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -> dict[str, Any]:

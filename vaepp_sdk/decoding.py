@@ -10,7 +10,8 @@ import attrs
 import torch
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import RankError, UnsupportedError
+from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.nonfinite import bad_region, complain
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.registry import Registry
@@ -22,6 +23,9 @@ from vaepp_sdk.vae.wrapper import ParallelVAE
 from vaepp_sdk.vae_rules import serves_one_rank
 
 __all__ = ["Decoder", "set_switches"]
+
+_BLACK = -1.0
+"""The darkest value a VAE of diffusers gives."""
 
 
 def set_switches(vae: Any, use_tiling: bool | None, use_slicing: bool) -> None:
@@ -47,11 +51,13 @@ class Decoder:
         vae: the VAE: the plain one, or the drop-in that spreads its work.
         rank: this rank in the DiT group.
         output: where pictures land.
+        allow_nonfinite: whether values that are not finite are warned of, not refused.
     """
 
     vae: Any
     rank: int
     output: Output
+    allow_nonfinite: bool = False
 
     @classmethod
     def build(
@@ -91,7 +97,8 @@ class Decoder:
             view = VaeGroup.over(None, resolved.vae_size, timeout)
             view.progress = progress
             vae = ParallelVAE(adapter, view, chooser, output)
-        return cls(vae, group.rank, output)
+        allowed = resolved.spec.output is not None and resolved.spec.output.allow_nonfinite
+        return cls(vae, group.rank, output, allowed)
 
     @property
     def leaves_sharded(self) -> bool:
@@ -112,8 +119,6 @@ class Decoder:
         Raises:
             RankError: values that are not finite; names the rank that computed them and the region.
         """
-        if not bool(torch.isfinite(latents).all()):
-            raise RankError(self.rank, "denoise", "the latents hold values that are not finite (NaN or Inf)")
         if not isinstance(self.vae, ParallelVAE) and self.output != "all" and self.rank != 0:
             return ()  # one rank does all the VAE's work, so its pictures are nowhere else
         sample = self.vae.decode(latents, return_dict=False)[0]
@@ -122,23 +127,18 @@ class Decoder:
         else:
             whole = Box(0, 0, sample.shape[-2], sample.shape[-1])
             pieces = (Piece(whole, sample),) if sample.shape[0] else ()
-        for piece in pieces:
-            self._check_finite(piece)
-        return pieces
+        return tuple(self._checked(piece) for piece in pieces)
 
-    def _check_finite(self, piece: Piece) -> None:
+    def _checked(self, piece: Piece) -> Piece:
+        """A piece whose values are all finite: where others are allowed, they are painted black."""
         bad = ~torch.isfinite(piece.tensor)
         if not bool(bad.any()):
-            return
-        bad = bad.flatten(0, -3).any(0)
-        rows, columns = (bad.any(dim).nonzero().flatten() for dim in (1, 0))
-        maker, windows = self._maker(bad)
-        where = (
-            f"rows {piece.box.top + int(rows[0])} to {piece.box.top + int(rows[-1])}, "
-            f"columns {piece.box.left + int(columns[0])} to {piece.box.left + int(columns[-1])}"
-        )
-        cause = f"the picture has values that are not finite (NaN or Inf) in {where}{windows}"
-        raise RankError(maker, "decode", f"{cause}; nothing was saved")
+            return piece
+        maker, windows = self._maker(bad.flatten(0, -3).any(0))
+        where = bad_region(bad, piece.box.top, piece.box.left)
+        problem = f"the picture has values that are not finite (NaN or Inf) in {where}{windows}"
+        complain(maker, "decode", problem, allowed=self.allow_nonfinite)
+        return Piece(piece.box, piece.tensor.masked_fill(bad, _BLACK))
 
     def _maker(self, bad: torch.Tensor) -> tuple[int, str]:
         """The rank that computed most of the bad pixels: blending spreads them to its neighbours' windows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["Progress", "StageEnd", "StageStart"]
+__all__ = ["Event", "LatentsKept", "Progress", "StageEnd", "StageStart"]
 
 
 @attrs.frozen(kw_only=True)
@@ -61,3 +61,21 @@ class Progress:
     stage: str
     done: int
     total: int
+
+
+@attrs.frozen
+class LatentsKept:
+    """The latents of a request are on the disk, whatever happens to the ranks now.
+
+    Attributes:
+        folder: the folder that holds them.
+        request: the request's number, as in `StageStart`.
+        stage: the stage that made them.
+    """
+
+    folder: str
+    request: int
+    stage: str = "denoise"
+
+
+Event = StageStart | StageEnd | Progress | LatentsKept

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import diffusers
 import torch
 from PIL.Image import Image
 
-import vaepp_sdk
-from vaepp_sdk.assembly import build_pipeline, quiet_libraries
+from vaepp_sdk.assembly import build_pipeline, quiet_libraries, software
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import load_object
+from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.events import StageEnd
+from vaepp_sdk.keeping import Keeper
+from vaepp_sdk.latents import LatentStore, load_latents
+from vaepp_sdk.nonfinite import check_latents
 from vaepp_sdk.parallel.group import DiTGroup
-from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
@@ -75,6 +76,7 @@ class Executor:
         timeout: the limit of one wait for another rank in the VAE; collectives of the transformer wait as
             long as the job's process group allows.
         observer: told of stages and progress on this rank.
+        store: where latents are kept from `denoise` on; None keeps none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Executor:
         *,
         timeout: timedelta,
         observer: Observer,
+        store: LatentStore | None = None,
     ) -> None:
         self._resolved = resolved
         self._registry = registry
@@ -94,6 +97,7 @@ class Executor:
         output = resolved.spec.output
         folder = Path(output.dir) if output else resolved.spec.base / OutputSpec().dir
         self._folder = PictureFolder(folder, output.overwrite if output else False)
+        self._keeper = Keeper(store, resolved, group, timeout, observer) if store else None
         self._replicas = Replicas(Row.over(group.axis("data")), group.device)
         self._pipe: Any = None
         self._decoder: Decoder | None = None
@@ -119,12 +123,17 @@ class Executor:
         """
         assert self._pipe is not None, "load() comes first"
         self._runner.ended.clear()
-        pictures = self._staged(request) if self._stages else self._whole(request)
+        pictures = self._pictures(request)
         files: tuple[str, ...] = ()
         if request.save:
             files = self._runner.run("save", request.number, lambda: self._save(request, pictures))
         images = [picture.image for picture in pictures]
         return RankResult(images, files, tuple(self._runner.ended), request.seed)
+
+    def _pictures(self, request: Request) -> list[_Picture]:
+        if request.latents:
+            return self._resumed(request)
+        return self._staged(request) if self._stages else self._whole(request)
 
     def _load(self) -> None:
         quiet_libraries(self._group.rank)
@@ -155,22 +164,50 @@ class Executor:
         call |= runner.run(
             "encode_prompt", request.number, lambda: stages.encode_prompt(pipe, call) if own else {}
         )
-        generators, on_step = _generators(request, own), runner.progress("denoise")
-        latents = runner.run(
-            "denoise",
-            request.number,
-            lambda: stages.denoise(pipe, call, generators, on_step) if own else None,
-        )
-        return runner.run("decode", request.number, lambda: self._decode(stages, latents, call, request))
+        latents = runner.run("denoise", request.number, lambda: self._denoise(stages, call, own, request))
 
-    def _decode(
-        self, stages: PipelineStages, latents: torch.Tensor | None, call: dict[str, Any], request: Request
-    ) -> list[_Picture]:
+        def decode() -> list[_Picture]:
+            everyone = self._replicas.gather(latents, request.images)
+            return self._decode(stages, everyone, call)
+
+        return runner.run("decode", request.number, decode)
+
+    def _denoise(
+        self, stages: PipelineStages, call: dict[str, Any], own: range, request: Request
+    ) -> torch.Tensor | None:
+        """Make this replica's latents; they are kept, then checked."""
+        latents = None
+        if own:
+            on_step = self._runner.progress("denoise")
+            latents = stages.denoise(self._pipe, call, _generators(request, own), on_step)
+        if self._keeper is not None:
+            self._keeper.keep(latents, own, request)
+        if latents is not None:
+            self._check_latents(latents)
+        return latents
+
+    def _resumed(self, request: Request) -> list[_Picture]:
+        """Decode latents that were kept; they are the same on every rank."""
+        stages = self._stages
+        if stages is None:
+            raise UnsupportedError(f"no plugin says how to decode for {self._resolved.pipeline_class} alone")
+
+        def decode() -> list[_Picture]:
+            latents = load_latents(request.latents, self._group.device)
+            self._check_latents(latents)
+            return self._decode(stages, latents, dict(request.call))
+
+        return self._runner.run("decode", request.number, decode)
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        output = self._resolved.spec.output
+        check_latents(latents, self._group.rank, allowed=output is not None and output.allow_nonfinite)
+
+    def _decode(self, stages: PipelineStages, latents: torch.Tensor, call: dict[str, Any]) -> list[_Picture]:
         """Decode the pictures of all replicas as one batch."""
         assert self._decoder is not None
         sharded = self._decoder.leaves_sharded
-        everyone = self._replicas.gather(latents, request.images)
-        pieces = self._decoder.decode(stages.vae_input(self._pipe, everyone, call))
+        pieces = self._decoder.decode(stages.vae_input(self._pipe, latents, call))
         return [
             _Picture(image, index, piece.box if sharded else None)
             for piece in pieces
@@ -203,9 +240,7 @@ class Executor:
     def _agreed_number(self, count: int) -> int:
         """Rank 0's next number on every rank, so that the rectangles of a picture share a name."""
         number = self._folder.number(count) if self._group.rank == 0 else 0
-        held = torch.tensor([number], dtype=torch.int64, device=self._group.device)
-        VaeGroup.over(None, 1, self._timeout).broadcast(held, 0, "file number")
-        return int(held)
+        return self._group.told_by_rank0(number, "file number", self._timeout)
 
     def _save_one(self, request: Request, picture: _Picture, first: int) -> str:
         seed = request.seed + picture.index
@@ -219,15 +254,10 @@ class Executor:
         if picture.box is not None:
             name += f"-y{picture.box.top}-x{picture.box.left}"
             details["position"] = attrs.asdict(picture.box)
-        info = metadata(prompt, seed, details, _software())
+        info = metadata(prompt, seed, details, software())
         return str(self._folder.save(picture.image, f"{name}.png", info))
 
 
 def _generators(request: Request, own: range) -> list[torch.Generator]:
     """One generator for each picture in `own`, so that a picture depends on its own seed only."""
     return [torch.Generator("cpu").manual_seed(request.seed + index) for index in own]
-
-
-def _software() -> str:
-    versions = (("vaepp", vaepp_sdk), ("diffusers", diffusers), ("torch", torch))
-    return ", ".join(f"{name} {module.__version__}" for name, module in versions)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vaepp_sdk.errors import VaeppWarning
-from vaepp_sdk.events import StageEnd
+from vaepp_sdk.errors import VaeppError, VaeppWarning
+from vaepp_sdk.events import LatentsKept, StageEnd
+from vaepp_sdk.kept import KeptRun, holds_latents, remove_run
 from vaepp_sdk.registry import default_registry
-from vaepp_sdk.request import make_request
+from vaepp_sdk.request import Request, make_request
 from vaepp_sdk.resolve import Resolved, resolve
+from vaepp_sdk.resuming import resumed_request, resumed_tables
 from vaepp_sdk.runtime.inplace import check_size, find_launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.joined import JoinedRank
@@ -42,6 +44,7 @@ class Result:
         seed: image i started from noise of `seed + i`.
         stages: what each rank did, by rank; the first call's begin with `load`.
         notices: what the user was told when the pipeline was made.
+        latents: the folder where the latents stay, as `[output] keep_latents` asks; else None.
     """
 
     images: tuple[Image, ...]
@@ -49,10 +52,29 @@ class Result:
     seed: int
     stages: tuple[tuple[StageEnd, ...], ...]
     notices: tuple[str, ...]
+    latents: str | None = None
 
 
 def _unheard(event: Event) -> None:
     """An event that nobody listens to."""
+
+
+@attrs.define(eq=False)
+class _Ear:
+    """Hears where latents are kept, and passes everything on.
+
+    Attributes:
+        on_event: who else listens.
+        folder: where the latents of the present call are, once they are.
+    """
+
+    on_event: Callable[[Event], None]
+    folder: Path | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, LatentsKept):
+            self.folder = Path(event.folder)
+        self.on_event(event)
 
 
 class Pipeline:
@@ -69,10 +91,11 @@ class Pipeline:
         notices: what the user was told.
     """
 
-    def __init__(self, resolved: Resolved, engine: WorkerPool | JoinedRank) -> None:
+    def __init__(self, resolved: Resolved, engine: WorkerPool | JoinedRank, ear: _Ear) -> None:
         self.resolved = resolved
         self.notices = resolved.notices
         self._engine = engine
+        self._ear = ear
         self._calls = 0
 
     @classmethod
@@ -94,23 +117,56 @@ class Pipeline:
             UserError: what was asked for cannot be done; nothing was started, or all of it has ended.
             RankError: a rank failed.
         """
-        spec = PipelineSpec.load(source, overrides)
+        return cls._start(_resolved(PipelineSpec.load(source, overrides)), on_event)
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        on_event: Callable[[Event], None] = _unheard,
+    ) -> Result:
+        """Decode and save latents that a run has kept, without denoising again.
+
+        Only the VAE is loaded. The spec is the one that made the latents; the overrides may change how the
+        VAE works and how many ranks there are. The latents stay where they are.
+
+        Args:
+            folder: a run's folder, as in `out/run-7`.
+            overrides: `table.key=value` each; `[call]` cannot change.
+            on_event: told of rank 0's stages while the call waits.
+
+        Raises:
+            UserError: the folder holds no latents that can be used, or they do not fit the model.
+            RankError: a rank failed.
+        """
+        kept = KeptRun.read(folder)
+        spec = PipelineSpec.load(resumed_tables(kept, overrides), overrides)
+        spec = attrs.evolve(spec, source=str(kept.folder))
+        resolved = _resolved(spec, decode_only=True)
+        request = resumed_request(kept, resolved)
+        with cls._start(resolved, on_event) as pipe:
+            pipe._ear.folder = kept.folder
+            return attrs.evolve(pipe._run(request), latents=str(kept.folder))
+
+    @classmethod
+    def _start(cls, resolved: Resolved, on_event: Callable[[Event], None]) -> Pipeline:
+        """Start ranks, or join a launcher's, and load the model."""
         launch = find_launch(os.environ)
-        if launch is not None:
-            check_size(launch, spec.parallel.dims.dit_parallel_size, spec.source)
-        resolved = resolve(spec, default_registry())
         if launch is None or launch.rank == 0:
             for notice in resolved.notices:
-                warnings.warn(notice, VaeppWarning, stacklevel=2)
+                warnings.warn(notice, VaeppWarning, stacklevel=3)
         job = Job(
             world_size=resolved.dims.dit_parallel_size,
             target=_TARGET,
             payload=resolved.to_dict(),
-            limits=spec.limits,
+            limits=resolved.spec.limits,
         )
-        engine = JoinedRank(job, launch, on_event) if launch else WorkerPool(job, on_event)
+        ear = _Ear(on_event)
+        engine = JoinedRank(job, launch, ear) if launch else WorkerPool(job, ear)
         engine.start()
-        return cls(resolved, engine)
+        return cls(resolved, engine, ear)
 
     def __call__(self, **call: Any) -> Result:
         """Make pictures.
@@ -125,7 +181,8 @@ class Pipeline:
         """
         request = make_request(self.resolved, call, self._calls, self.resolved.spec.output is not None)
         self._calls += 1
-        return self._result(self._engine.run(request.to_dict()))
+        self._ear.folder = None
+        return self._settled(self._run(request))
 
     def close(self) -> None:
         """End the ranks; a second call does nothing."""
@@ -139,6 +196,25 @@ class Pipeline:
     ) -> None:
         self._engine.close(now=error is not None)
 
+    def _run(self, request: Request) -> Result:
+        try:
+            return self._result(self._engine.run(request.to_dict()))
+        except VaeppError as error:
+            folder = self._ear.folder
+            if folder is not None and holds_latents(folder):
+                error.add_note(f"the latents are kept; go on from them with: vaepp-run --resume {folder}")
+            raise
+
+    def _settled(self, result: Result) -> Result:
+        """Every rank has done its part: the latents go, unless they are to stay."""
+        output, folder = self.resolved.spec.output, self._ear.folder
+        if folder is None:
+            return result
+        if output is not None and output.keep_latents:
+            return attrs.evolve(result, latents=str(folder))
+        remove_run(folder)
+        return result
+
     def _result(self, answers: Answers) -> Result:
         return Result(
             images=tuple(image for pictures in answers.pictures for image in pictures),
@@ -147,3 +223,11 @@ class Pipeline:
             stages=tuple(tuple(StageEnd(**end) for end in value["stages"]) for value in answers.values),
             notices=self.notices,
         )
+
+
+def _resolved(spec: PipelineSpec, *, decode_only: bool = False) -> Resolved:
+    """What a spec comes to, once the launcher's ranks, if there are any, are as many as it asks for."""
+    launch = find_launch(os.environ)
+    if launch is not None:
+        check_size(launch, spec.parallel.dims.dit_parallel_size, spec.source)
+    return resolve(spec, default_registry(), decode_only=decode_only)

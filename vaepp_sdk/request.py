@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -29,12 +29,14 @@ class Request:
         call: the pipeline's keyword arguments, checked; without `seed`.
         seed: image i starts from noise of `seed + i`.
         save: whether the pictures are saved.
+        latents: files of latents that are decoded, in order; empty to make pictures from the prompts.
     """
 
     number: int
     call: Mapping[str, Any]
     seed: int
     save: bool
+    latents: Sequence[str] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:

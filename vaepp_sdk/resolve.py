@@ -36,6 +36,7 @@ class Resolved:
         use_tiling: whether the VAE's tiling is on; None leaves the model's own setting.
         notices: what the user is told, once, one sentence each.
         signature: what the pipeline's call takes, or None where its source cannot be found.
+        decode_only: whether latents are there already, so that of the model only the VAE is loaded.
     """
 
     spec: PipelineSpec
@@ -47,6 +48,7 @@ class Resolved:
     use_tiling: bool | None
     notices: tuple[str, ...]
     signature: CallSignature | None = None
+    decode_only: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold, for handing the decisions to ranks."""
@@ -57,6 +59,7 @@ class Resolved:
             "vae_size": self.vae_size,
             "use_tiling": self.use_tiling,
             "notices": list(self.notices),
+            "decode_only": self.decode_only,
         }
 
     @classmethod
@@ -74,10 +77,11 @@ class Resolved:
             use_tiling=data["use_tiling"],
             notices=tuple(data["notices"]),
             signature=_signature(data["pipeline_class"], entry),
+            decode_only=data["decode_only"],
         )
 
 
-def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
+def resolve(spec: PipelineSpec, registry: Registry, *, decode_only: bool = False) -> Resolved:
     """Decide what will run.
 
     From the hub the small files come first, so that a fault is told before any weights are fetched.
@@ -85,6 +89,7 @@ def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
     Args:
         spec: a loaded spec; it is checked once more, so that one built by hand is as safe.
         registry: the plugins.
+        decode_only: latents are there already: the sizes need not fit a transformer that is not loaded.
 
     Raises:
         SpecError: with every fault of the spec against its model and the plugins.
@@ -97,7 +102,8 @@ def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
         entry = registry.pipelines.get(folder.pipeline_class)
         signature = _signature(folder.pipeline_class, entry)
         dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
-        faults = dit_faults(dims, folder, entry, registry) + vae_faults(spec.vae, size, entry, registry)
+        faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
+        faults += vae_faults(spec.vae, size, entry, registry)
         if signature is not None:
             faults += signature_faults(signature, spec.call)
         if faults:
@@ -117,9 +123,11 @@ def resolve(spec: PipelineSpec, registry: Registry) -> Resolved:
         notices=(
             *registry.problems,
             *_model_notices(spec, folder.pipeline_class, signature),
+            *_latent_notices(spec, folder.pipeline_class, entry),
             *decision.notices,
         ),
         signature=signature,
+        decode_only=decode_only,
     )
 
 
@@ -142,3 +150,9 @@ def _model_notices(spec: PipelineSpec, pipeline: str, signature: CallSignature |
     if signature is None:
         notices.append(f"[call] is not checked: the source of {pipeline} does not show what its call takes.")
     return notices
+
+
+def _latent_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:
+    if entry is None and spec.output is not None and spec.output.keep_latents:
+        return [f"output.keep_latents takes no effect: no plugin runs {pipeline} stage by stage."]
+    return []

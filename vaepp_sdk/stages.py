@@ -13,12 +13,12 @@ import torch
 from PIL.Image import Image
 
 from vaepp_sdk.errors import RankError, VaeppError
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, Progress, StageEnd, StageStart
 from vaepp_sdk.registry import Registry
 
 __all__ = ["Observer", "PipelineStages", "StageRunner", "step_callback"]
 
-Observer = Callable[[StageStart | StageEnd | Progress], None]
+Observer = Callable[[Event], None]
 """Told what happens on this rank, as it happens."""
 
 ResultT = TypeVar("ResultT")

@@ -56,7 +56,7 @@ def test_own_ranks_and_torchruns_make_the_same_picture(spec: str, tmp_path: Path
     assert run_folders(tmp_path) == []
 
 
-def test_a_rank_killed_in_decode_is_one_block(spec: str, tmp_path: Path) -> None:
+def test_a_rank_killed_in_decode_is_one_block_and_nothing_is_lost(spec: str, tmp_path: Path) -> None:
     (tmp_path / "striking_plugin.py").write_text(FAULT_PLUGIN)
     package = tmp_path / "striking-1.0.dist-info"
     package.mkdir()
@@ -66,7 +66,16 @@ def test_a_rank_killed_in_decode_is_one_block(spec: str, tmp_path: Path) -> None
     done = finish(["-m", "vaepp_sdk.cli", spec], tmp_path, PYTHONPATH=path)
     assert done.returncode == 1
     assert done.stdout == ""
-    _, first, second = done.stderr.splitlines()
+    _, first, second, third = done.stderr.splitlines()
     assert first.startswith("vaepp-run: rank 1 failed in stage decode: its process was killed by SIGKILL")
     assert second.startswith("  the logs of all ranks are in ")
+    run = tmp_path / "out" / "run-0"
+    assert third == f"  the latents are kept; go on from them with: vaepp-run --resume {run}"
     assert not list((tmp_path / "out").glob("*.png"))
+    resumed = real("--resume", str(run), "--quiet", tmp_path=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert Path(resumed.stdout.strip()).parent == run.parent
+    assert pixels(resumed.stdout.strip()).shape == (128, 96, 3)
+    both = real(spec, "--resume", str(run), tmp_path=tmp_path)
+    assert (both.returncode, both.stdout) == (2, "")
+    assert "--resume does not go together with a spec" in both.stderr

@@ -15,10 +15,11 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from pipeline_jobs import CALL, generators, loaded, resolved_for, run
 
-from vaepp_sdk.errors import OutputError, RankError
+from vaepp_sdk.errors import OutputError, RankError, VaeppWarning
 from vaepp_sdk.events import Progress, StageEnd, StageStart
 from vaepp_sdk.executor import Executor
 from vaepp_sdk.markers import hookimpl
+from vaepp_sdk.nonfinite import bad_region
 from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.resolve import Resolved
 
@@ -231,6 +232,33 @@ def test_nothing_black_is_saved(
     with pytest.raises(RankError, match=message):
         run(executor, resolved, save=True)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("poison", "words"),
+    [(nan_vae, "stage decode: the picture has"), (infinite_latents, "stage denoise: the latents")],
+)
+def test_what_is_not_finite_can_be_allowed(
+    tiny_model: Path, tmp_path: Path, poison: Callable[[Any], None], words: str
+) -> None:
+    output = {"dir": str(tmp_path / "out"), "allow_nonfinite": True}
+    resolved = resolved_for(tiny_model, output=output)
+    executor = poisoned(resolved, poison)
+    with pytest.warns(VaeppWarning, match="rank 0, stage") as caught:
+        (image,) = run(executor, resolved, save=True).images
+    assert any(words in str(warning.message) for warning in caught)
+    # What is not finite is black: one channel of the spoiled VAE's, everything where latents are infinite.
+    low = np.asarray(image).min(axis=(0, 1)).tolist()
+    high = np.asarray(image).max(axis=(0, 1)).tolist()
+    assert high[1] == low[1] == 0
+    assert (high[0] > 0) is (poison is nan_vae)
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_the_pictures_of_a_batch_that_are_not_finite_are_named() -> None:
+    bad = torch.zeros(3, 2, 5, 6, dtype=torch.bool)
+    bad[1, 0, 2:4, 1] = bad[2, 1, 3, 4] = True
+    assert bad_region(bad, top=10, left=20) == "rows 12 to 13, columns 21 to 24 of pictures 1, 2"
 
 
 def test_an_error_names_rank_and_stage_and_keeps_its_cause(resolved: Resolved) -> None:

@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help='override one key of the spec, as in parallel.tensor_parallel_size=2 or call.prompt="a cat"',
     )
+    parser.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="decode the latents that a run has kept, as in out/run-7, and denoise nothing; --set may change "
+        "how the VAE works and how many ranks there are",
+    )
     parser.add_argument("--check", action="store_true", help="say what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table: only the files")
@@ -97,6 +103,8 @@ def _command(options: argparse.Namespace) -> int:
 
         print(schema_text(), end="")
         return 0
+    if options.resume is not None:
+        return _resume(options)
     if options.spec is None:
         complain("which spec? Name a TOML file; --help lists what else there is")
         return 2
@@ -107,6 +115,16 @@ def _command(options: argparse.Namespace) -> int:
     from vaepp_sdk.cli.run import run
 
     return run(options.spec, options.set, as_json=options.json, quiet=options.quiet)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    if options.spec is not None or options.check:
+        other = "--check" if options.spec is None else "a spec"
+        complain(f"--resume does not go together with {other}: the run's folder holds the spec")
+        return 2
+    from vaepp_sdk.cli.run import resume
+
+    return resume(options.resume, options.set, as_json=options.json, quiet=options.quiet)
 
 
 @contextmanager

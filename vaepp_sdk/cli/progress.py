@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, LatentsKept, Progress, StageStart
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -27,7 +27,7 @@ class Bars:
         self._bar: tqdm[Any] | None = None
 
     @property
-    def on_event(self) -> Callable[[StageStart | StageEnd | Progress], None]:
+    def on_event(self) -> Callable[[Event], None]:
         """What to tell of a run's events."""
         return self._draw if self._drawn else _ignore
 
@@ -39,9 +39,11 @@ class Bars:
     ) -> None:
         self._end()
 
-    def _draw(self, event: StageStart | StageEnd | Progress) -> None:
+    def _draw(self, event: Event) -> None:
         if isinstance(event, Progress):
             self._advance(event)
+            return
+        if isinstance(event, LatentsKept):
             return
         self._end()
         if isinstance(event, StageStart):
@@ -67,5 +69,5 @@ class Bars:
             self._bar = None
 
 
-def _ignore(event: StageStart | StageEnd | Progress) -> None:
+def _ignore(event: Event) -> None:
     """Draw nothing."""

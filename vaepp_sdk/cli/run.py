@@ -1,4 +1,4 @@
-"""`vaepp-run pipeline.toml`: makes and saves the pictures of a spec."""
+"""`vaepp-run pipeline.toml` makes the pictures of a spec, `vaepp-run --resume` those of kept latents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import attrs
 
 from vaepp_sdk.cli.printing import safe, speaks, stage_rows, table
 from vaepp_sdk.cli.progress import Bars
+from vaepp_sdk.kept import KeptRun
 from vaepp_sdk.pipeline import Pipeline, Result
 from vaepp_sdk.spec import PipelineSpec
 
-__all__ = ["run"]
+__all__ = ["resume", "run"]
 
 _MIB = 2**20
 
@@ -34,6 +35,27 @@ def run(source: str, overrides: Sequence[str], *, as_json: bool, quiet: bool) ->
         Pipeline.from_spec(_saving(source, overrides), on_event=bars.on_event) as pipeline,
     ):
         result = pipeline()
+    return _report(result, as_json=as_json, quiet=quiet)
+
+
+def resume(folder: str, overrides: Sequence[str], *, as_json: bool, quiet: bool) -> int:
+    """Decode and save the latents that a run has kept.
+
+    Args:
+        folder: the run's folder.
+        overrides: `table.key=value` each.
+        as_json: print one JSON object instead of the table.
+        quiet: draw no progress and print only the files.
+
+    Raises:
+        VaeppError: see `Pipeline.resume`.
+    """
+    with Bars(quiet) as bars:
+        result = Pipeline.resume(folder, _resumed_output(folder, overrides), on_event=bars.on_event)
+    return _report(result, as_json=as_json, quiet=quiet)
+
+
+def _report(result: Result, *, as_json: bool, quiet: bool) -> int:
     if not speaks():
         return 0
     if as_json:
@@ -42,6 +64,8 @@ def run(source: str, overrides: Sequence[str], *, as_json: bool, quiet: bool) ->
     if not quiet:
         print(table(_table_rows(result)))
         print()
+        if result.latents is not None:
+            print(safe(f"latents: {result.latents}"))
     for file in result.files:
         print(safe(file))
     return 0
@@ -55,12 +79,19 @@ def _saving(source: str, overrides: Sequence[str]) -> PipelineSpec:
     return PipelineSpec.load(source, [*overrides, 'output.dir="out"'])
 
 
+def _resumed_output(folder: str, overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides, with a folder here where the run that made the latents saved nothing."""
+    named = "output" in KeptRun.read(folder).spec or any(text.startswith("output.") for text in overrides)
+    return overrides if named else [*overrides, 'output.dir="out"']
+
+
 def _summary(result: Result) -> dict[str, object]:
     return {
         "files": list(result.files),
         "seed": result.seed,
         "stages": [attrs.asdict(row) for row in stage_rows(result.stages)],
         "notices": list(result.notices),
+        "latents": result.latents,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vaepp_sdk.parallel.dims import AXES, ParallelDims
+from vaepp_sdk.parallel.view import VaeGroup
 
 __all__ = ["DiTGroup"]
 
@@ -53,6 +54,21 @@ class DiTGroup:
     def world_size(self) -> int:
         """Ranks in the group."""
         return self.dims.dit_parallel_size
+
+    def told_by_rank0(self, number: int, what: str, timeout: timedelta) -> int:
+        """Rank 0's number, on every rank; all ranks must call it.
+
+        Args:
+            number: rank 0's; the others' does not matter.
+            what: names the exchange in errors.
+            timeout: the limit of the wait.
+
+        Raises:
+            PeerError: rank 0 is gone, or did not answer in time.
+        """
+        held = torch.tensor([number], dtype=torch.int64, device=self.device)
+        VaeGroup.over(None, 1, timeout).broadcast(held, 0, what)
+        return int(held)
 
     def axis(self, name: str) -> dist.ProcessGroup | None:
         """The process group of this rank's row along one axis, or None where the axis has size 1."""

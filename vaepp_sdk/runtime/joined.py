@@ -14,7 +14,7 @@ from typing import Any
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import AgreementError, RankError, RunError, UserError
-from vaepp_sdk.events import StageStart
+from vaepp_sdk.events import LatentsKept, StageStart
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
@@ -101,7 +101,7 @@ class JoinedRank:
     def _observe(self, event: Event) -> None:
         if isinstance(event, StageStart):
             self._stage = event.stage
-        if self._launch.rank == 0:
+        if self._launch.rank == 0 or isinstance(event, LatentsKept):
             self._on_event(event)
 
     def _agree(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

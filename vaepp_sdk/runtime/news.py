@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from vaepp_sdk.errors import UserError, VaeppError
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, LatentsKept, Progress, StageEnd, StageStart
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Answers", "Ended", "Event", "Happened", "News", "Ready", "Refused", "Warned", "event_from"]
 
-Event = StageStart | StageEnd | Progress
-
-_EVENTS: Mapping[str, type[Event]] = {one.__name__: one for one in (StageStart, StageEnd, Progress)}
+_EVENTS: Mapping[str, type[Event]] = {
+    one.__name__: one for one in (StageStart, StageEnd, Progress, LatentsKept)
+}
 
 
 @attrs.frozen

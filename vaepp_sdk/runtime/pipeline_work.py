@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, StageEnd
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from vaepp_sdk.executor import Executor
+    from vaepp_sdk.latents import LatentStore
 
 __all__ = ["PipelineWork"]
 
@@ -51,6 +53,7 @@ class PipelineWork:
             group,
             timeout=self._seat.timeout,
             observer=self._observe,
+            store=self._store(),
         )
         self._executor.load()
 
@@ -67,13 +70,20 @@ class PipelineWork:
         if self._has_group:
             leave()
 
+    def _store(self) -> LatentStore:
+        """Beside the pictures, or out of sight where none are to be saved."""
+        from vaepp_sdk.latents import LatentStore
+
+        output = self._resolved.spec.output
+        return LatentStore(Path(output.dir)) if output else LatentStore.temporary()
+
     @property
     def _hands_over(self) -> bool:
         """Pictures that landed on every rank are the same: a parent is given rank 0's, and pieces of all."""
         in_place = self._seat.port is None
         return in_place or self._seat.rank == 0 or self._resolved.spec.vae.output == "sharded"
 
-    def _observe(self, event: StageStart | StageEnd | Progress) -> None:
+    def _observe(self, event: Event) -> None:
         if isinstance(event, StageEnd) and event.request < 0:
             self._loading.append(event)
         self._seat.observer(event)

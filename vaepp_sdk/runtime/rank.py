@@ -19,7 +19,7 @@ import attrs
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UserError, VaeppWarning
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, Progress, StageStart
 from vaepp_sdk.runtime.beats import Slot, keep_ticking
 from vaepp_sdk.runtime.channel import Message, RankChannel
 from vaepp_sdk.runtime.pictures import write_pictures
@@ -124,7 +124,7 @@ class _Rank:
         headers = write_pictures(self._pictures_fd, answer.pictures)
         self._channel.send({"kind": "answer", "value": dict(answer.value), "pictures": headers})
 
-    def _observe(self, event: StageStart | StageEnd | Progress) -> None:
+    def _observe(self, event: Event) -> None:
         """Note an event in the slot; rank 0's go to the parent too."""
         if isinstance(event, StageStart):
             self._slot.enter(event.stage)

@@ -11,11 +11,11 @@ import attrs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vaepp_sdk.events import Progress, StageEnd, StageStart
+    from vaepp_sdk.events import Event
 
 __all__ = ["Answer", "Observer", "RankWork", "Seat"]
 
-Observer = Callable[["StageStart | StageEnd | Progress"], None]
+Observer = Callable[["Event"], None]
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -151,6 +151,20 @@ class OutputSpec:
     overwrite: bool = attrs.field(
         default=False, metadata=about("Whether a picture may replace a file of the same name.")
     )
+    keep_latents: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Whether a run's latents stay in `run-N` beside its pictures. Where something fails after "
+            "`denoise` they stay in any case."
+        ),
+    )
+    allow_nonfinite: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Whether latents and pictures with values that are not finite (NaN or Inf) are warned of and "
+            "not refused."
+        ),
+    )
 
 
 @attrs.frozen
