@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.facts import Direction, TileGrid
+from vaepp_sdk.vae.facts import ClipLayers, Direction, TileGrid
 from vaepp_sdk.vae.frames import TimeTiles
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.trace import LayerTrace, trace_layers
@@ -31,7 +31,7 @@ class Adapter(VaeAdapter):
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
-        self._traces: dict[Direction, LayerTrace] = {}
+        self._traces: dict[tuple[Direction, int], LayerTrace] = {}
 
     def on_tiles(self) -> Self:
         """See `VaeAdapter.on_tiles`."""
@@ -47,11 +47,34 @@ class Adapter(VaeAdapter):
             channels: channels of the input.
             ratio: pixels per latent along each side.
         """
-        if direction not in self._traces:
+        return self._traced(direction, 0, (1, channels), ratio)
+
+    def clip_layers(self, channels: Pair, ratio: int, enough: Pair, chunk: Pair = (0, 0)) -> ClipLayers:
+        """The layers that a decode and an encode of clips call.
+
+        Args:
+            channels: channels of a latent and of a picture.
+            ratio: pixels per latent along each side.
+            enough: see `ClipLayers`.
+            chunk: likewise.
+        """
+
+        def trace(direction: Direction, frames: int) -> LayerTrace:
+            front = (1, channels[direction == "encode"], frames)
+            return self._traced(direction, frames, front, ratio)
+
+        return ClipLayers(trace=trace, enough=enough, chunk=chunk)
+
+    def _traced(
+        self, direction: Direction, frames: int, front: tuple[int, ...], ratio: int
+    ) -> LayerTrace:
+        """One direction for one number of frames, traced once; `front` are the input's other axes."""
+        key = (direction, frames)
+        if key not in self._traces:
             side = 8 if direction == "decode" else 8 * ratio
             run = self.decode_window if direction == "decode" else self.encode_window
-            self._traces[direction] = trace_layers(self.vae, run, (1, channels, side, side))
-        return self._traces[direction]
+            self._traces[key] = trace_layers(self.vae, run, (*front, side, side))
+        return self._traces[key]
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.decode_window`."""

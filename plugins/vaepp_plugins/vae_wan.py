@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,13 @@ class _CachedAdapter(Adapter):
             encode_unit=self._encode_unit,
             input_channels=self._picture_channels,
             frames_at_once=_CHUNK,
+            clip_layers=self.clip_layers(
+                (config.z_dim, self._picture_channels),
+                vae.spatial_compression_ratio,
+                # The caches of the third chunk are as long as those of all later ones.
+                enough=(3, 1 + 2 * _CHUNK),
+                chunk=(1, _CHUNK),
+            ),
         )
 
     @property
@@ -69,35 +78,40 @@ class _CachedAdapter(Adapter):
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.decode_window`."""
         vae = self.vae
-        vae.clear_cache()
-        if not self.tiled:
-            latent = vae.post_quant_conv(latent)
-        pictures = []
-        for index, frame in enumerate(latent.split(1, dim=2)):
-            vae._conv_idx = [0]
-            if self.tiled:
-                frame = vae.post_quant_conv(frame)
-            pictures.append(self._decode_frame(frame, first=index == 0))
-        vae.clear_cache()
+        with self._fresh_caches():
+            if not self.tiled:
+                latent = vae.post_quant_conv(latent)
+            pictures = []
+            for index, frame in enumerate(latent.split(1, dim=2)):
+                vae._conv_idx = [0]
+                if self.tiled:
+                    frame = vae.post_quant_conv(frame)
+                pictures.append(self._decode_frame(frame, first=index == 0))
         return torch.cat(pictures, dim=2)
 
     def encode_window(self, picture: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.encode_window`; pictures beyond the last chunk are dropped, as in the class."""
         vae = self.vae
-        vae.clear_cache()
         chunks = 1 + (picture.shape[2] - 1) // _CHUNK
         latents = []
-        for index in range(chunks):
-            vae._enc_conv_idx = [0]
-            start = 1 + _CHUNK * (index - 1) if index else 0
-            chunk = picture[:, :, start : 1 + _CHUNK * index]
-            latent = vae.encoder(chunk, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx)
-            latents.append(vae.quant_conv(latent) if self.tiled else latent)
+        with self._fresh_caches():
+            for index in range(chunks):
+                vae._enc_conv_idx = [0]
+                start = 1 + _CHUNK * (index - 1) if index else 0
+                chunk = picture[:, :, start : 1 + _CHUNK * index]
+                latent = vae.encoder(chunk, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx)
+                latents.append(vae.quant_conv(latent) if self.tiled else latent)
         moments = torch.cat(latents, dim=2)
-        if not self.tiled:
-            moments = vae.quant_conv(moments)
-        vae.clear_cache()
-        return moments
+        return moments if self.tiled else vae.quant_conv(moments)
+
+    @contextmanager
+    def _fresh_caches(self) -> Iterator[None]:
+        """Empty caches of frames before and after, also where the run fails half way."""
+        self.vae.clear_cache()
+        try:
+            yield
+        finally:
+            self.vae.clear_cache()
 
 
 class WanAdapter(_CachedAdapter):

@@ -39,7 +39,12 @@ _TILED = {
 }
 """Classes beyond the KL family, each with its adapter."""
 
-_SHARDED = ("AutoencoderDC", "AutoencoderKLHunyuanImage")
+_SHARDED = (
+    "AutoencoderDC",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+)
 """Those of them that `shard` was validated for."""
 
 

@@ -12,7 +12,8 @@ from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import INPUT, LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Parts, Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach
-from vaepp_strategies.shard_steps import COVERING, call_scale, call_source, call_window
+from vaepp_strategies.shard_kinds import COVERING
+from vaepp_strategies.shard_steps import call_scale, call_source, call_window
 
 __all__ = ["ReferenceLayer", "reference_layers"]
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import attrs
 
 from vaepp_sdk.errors import UnsupportedError
-from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.facts import Direction, VaeFacts
 from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
+from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
@@ -60,15 +61,18 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         UnsupportedError: the input has a frame axis or no pixel, or the adapter does not say which layers it
             calls; or its layers cannot be run in row blocks, or not within the limit.
     """
-    trace = facts.layers(work.direction)
-    if len(work.shape) != 4 or facts.temporal_ratio or trace is None:
+    if facts.layers(work.direction) is None:
         raise UnsupportedError(
-            f"strategy 'shard' takes pictures, (batch, channels, rows, columns), of VAEs whose layers are "
-            f"known; found {facts.vae_class} and shape {work.shape}"
+            f"strategy 'shard' takes VAEs whose layers are known; found {facts.vae_class}"
         )
+    if len(work.shape) != (5 if facts.temporal_ratio else 4):
+        axes = "batch, channels, frames, rows, columns" if facts.temporal_ratio else "batch, channels, rows, columns"
+        raise UnsupportedError(f"{work.direction} of {facts.vae_class} takes ({axes}); found shape {work.shape}")
+    if facts.temporal_ratio and row_blocks is not None:
+        raise UnsupportedError(f"row_blocks and peak_limit take pictures; {facts.vae_class} takes clips")
     if 0 in facts.out_shape(work.direction, work.shape):
         raise UnsupportedError(f"{work.direction} of shape {work.shape} has no output")
-    exchanges = shard_steps(trace)
+    exchanges = _exchanges(facts, work)
     parts = _cut(facts, work, exchanges.shortest_band)
     out_shape = facts.out_shape(work.direction, work.shape)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
@@ -86,6 +90,29 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         blocks=blocks,
     )
     return attrs.evolve(plan, moves=_moves(plan))
+
+
+def _exchanges(facts: VaeFacts, work: Work) -> ShardSteps:
+    """What the layers exchange.
+
+    Of a long clip, whose class calls the same layers again and again, only the first frames are traced.
+    """
+    direction = work.direction
+    if facts.clip_layers is None:
+        return shard_steps(_trace(facts, direction))
+    frames, (enough, chunk) = work.shape[2], facts.clip_layers.frames(direction)
+    if not chunk or frames <= enough:
+        return shard_steps(_trace(facts, direction, frames))
+    first, less = (shard_steps(_trace(facts, direction, count)) for count in (enough, enough - chunk))
+    assert first.steps[: len(less.steps)] == less.steps, "a chunk does not depend on those after it"
+    repeated = first.steps[len(less.steps) :] * ((frames - enough) // chunk)
+    return attrs.evolve(first, steps=first.steps + repeated)
+
+
+def _trace(facts: VaeFacts, direction: Direction, frames: int = 0) -> LayerTrace:
+    trace = facts.layers(direction, frames)
+    assert trace is not None, "the layers are known"
+    return trace
 
 
 def _cut(facts: VaeFacts, work: Work, shortest: int) -> Parts:
@@ -141,13 +168,12 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     # The reader below needs this band's last rows, as those above it; the reader above its first ones.
     rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
     positions = plan.parts.core_length(source, step.scale) * across if step.width else 0
-    values = rows * across * step.channels + positions * step.width
+    values = step.frames * (rows * across * step.channels + positions * step.width)
     return batch * (values * itemsize + step.groups * _MOMENT_BYTES + step.sums * _SUM_BYTES)
 
 
 def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wanted: RowBlocks) -> BlockPlan:
-    trace = facts.layers(work.direction)
-    assert trace is not None, "the layers are known"
+    trace = _trace(facts, work.direction)
     steps, given = {step.name: step for step in exchanges.steps}, dict(exchanges.given)
     memories = tuple(
         BandMemory(parts=parts, rank=rank, work=work, steps=steps, given=given)
@@ -163,6 +189,8 @@ def _peaks(parts: Parts, facts: VaeFacts, work: Work, blocks: BlockPlan | None) 
         return blocks.peaks + idle
     across = work.shape[-1 if parts.axis == -2 else -2]
     scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
+    pictures = work.shape[2:-2] if work.direction == "encode" else facts.out_shape("decode", work.shape)[2:-2]
+    scale *= min(math.prod(pictures), facts.frames_at_once or math.prod(pictures))
 
     def peak(rank: int, part: Part) -> int:
         values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -11,31 +13,28 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.trace import INPUT, UNKNOWN, LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Window, rows_before
+from vaepp_strategies.shard_kinds import (
+    CLIP_CONVOLUTIONS,
+    COVERING,
+    GIVERS,
+    PADS,
+    POSITION_ATTENTION,
+    UPSAMPLES,
+)
 
 __all__ = [
-    "COVERING",
     "ShardStep",
     "ShardSteps",
     "call_scale",
     "call_source",
     "call_window",
+    "passes_through",
     "shard_steps",
     "visible_calls",
+    "window_of",
 ]
 
-StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "sums"]
-
-COVERING = {
-    "Attention": ("GroupNorm",),
-    "Downsample2D": (),
-    "HunyuanImageAttentionBlock": (),
-    "SanaMultiscaleLinearAttention": ("Conv2d",),
-}
-"""Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""
-
-_GIVERS = ("GroupNorm", "Upsample", "Upsample2D")
-"""Layers that can fetch the rows which a later layer needs."""
-
+StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "positions", "sums"]
 
 @attrs.frozen(kw_only=True)
 class ShardStep:
@@ -45,16 +44,18 @@ class ShardStep:
         name: the layer's name in the VAE.
         kind: what is exchanged.
         scale: the resolution of the layer's input.
+        frames: frames of the layer's input; only those that are new in this call, where it keeps earlier ones.
         channels: channels of the rows exchanged with neighbours.
         reach: the neighbours' rows that are fetched.
         groups: groups of the normalisation whose statistics are exchanged.
-        width: values of each own position that every other rank gets.
+        width: values of each own position of a frame that every other rank gets.
         sums: float32 values of each picture that are summed over the ranks.
     """
 
     name: str
     kind: StepKind
     scale: Scale
+    frames: int = 1
     channels: int = 0
     reach: Reach = NO_ROWS
     groups: int = 0
@@ -153,7 +154,7 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
     given: dict[int, Reach] = {}
     # Readers before givers, so that a giver's own need is complete when it asks further up.
     for index, call in reversed(list(visible_calls(trace))):
-        reach = _needed(call, given.get(index, NO_ROWS))
+        reach = _needed(trace, index, given.get(index, NO_ROWS))
         if not reach:
             continue
         giver = _giver(trace, index, reach)
@@ -165,13 +166,17 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
     return own, given
 
 
-def _needed(call: LayerCall, given: Reach) -> Reach:
+def _needed(trace: LayerTrace, index: int, given: Reach) -> Reach:
     """The rows around its input that a call needs, where it must give the rows `given` around its output."""
-    if call.kind == "Conv2d":
-        return call_window(call).reach + given
+    call = trace.calls[index]
+    if call.kind == "Conv2d" or call.kind in CLIP_CONVOLUTIONS:
+        window = window_of(trace, index)
+        if window.kernel > 1 and not window.lead and not window.trail:
+            raise UnsupportedError(f"strategy 'shard' cannot serve {call.name}: nothing known pads its input")
+        return window.reach + given
     if call.kind == "Downsample2D":
         return DOWNSAMPLE_WINDOW.reach
-    if call.kind in ("Upsample", "Upsample2D"):
+    if call.kind in UPSAMPLES:
         return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
     return given
 
@@ -181,9 +186,9 @@ def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:
     source = call_source(trace, index)
     while source >= 0:
         call = trace.calls[source]
-        if call.kind in _GIVERS or _gives_for_nothing(trace, source, reach):
+        if call.kind in GIVERS or _gives_for_nothing(trace, source, reach):
             return source
-        if not _passes_through(trace, source):
+        if not passes_through(trace, source):
             return None
         source = call.source
     return INPUT if source == INPUT else None
@@ -195,7 +200,7 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
     Between the two stand only layers that work position by position, so the rows can go through them.
     """
     best, source = index, call_source(trace, index)
-    while source >= 0 and _passes_through(trace, source):
+    while source >= 0 and passes_through(trace, source):
         call = trace.calls[source]
         if call.kind == "Conv2d" and call.in_shape[1] < trace.calls[best].in_shape[1]:
             best = source
@@ -217,29 +222,54 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     halo, fetched before upsampling, reaches far enough.
     """
     call = trace.calls[index]
-    if call.kind != "Conv2d" or call_window(call).stride != 1 or call_window(call).pointwise:
+    if call.kind != "Conv2d" or window_of(trace, index).stride != 1 or window_of(trace, index).pointwise:
         return False
     source = call_source(trace, index)
-    while source >= 0 and trace.calls[source].kind not in _GIVERS:
-        if not _passes_through(trace, source):
+    while source >= 0 and trace.calls[source].kind not in GIVERS:
+        if not passes_through(trace, source):
             return False
         source = trace.calls[source].source
     if source < 0:
         return source == INPUT
     giver = trace.calls[source]
-    if giver.kind not in ("Upsample", "Upsample2D"):
+    if giver.kind not in UPSAMPLES:
         return False
-    factor, own = giver.out_shape[-2] // giver.in_shape[-2], call_window(call).reach
+    factor, own = giver.out_shape[-2] // giver.in_shape[-2], window_of(trace, index).reach
     return rows_before(own + reach, factor) == rows_before(own, factor)
 
 
-def _passes_through(trace: LayerTrace, index: int) -> bool:
+def passes_through(trace: LayerTrace, index: int) -> bool:
     """Whether a call works position by position: rows around its input become rows around its output."""
     call = trace.calls[index]
     if call.kind == "Conv2d":
-        return call_window(call).pointwise
-    leaf = all(other.inside != index for other in trace.calls[index + 1 :])
-    return leaf and call.kind not in COVERING
+        return window_of(trace, index).pointwise
+    if call.kind in CLIP_CONVOLUTIONS:
+        return window_of(trace, index).pointwise and set(_convolution(trace, index).setting("kernel_size")) == {1}
+    keeps_places = call.in_shape[2:] == call.out_shape[2:]
+    return keeps_places and not _calls_others(trace, index) and call.kind not in COVERING
+
+
+def _calls_others(trace: LayerTrace, index: int) -> bool:
+    return index + 1 < len(trace.calls) and trace.calls[index + 1].inside == index
+
+
+def _convolution(trace: LayerTrace, index: int) -> LayerCall:
+    """The convolution itself of a call, which some classes keep in a layer of their own."""
+    return trace.calls[index + 1] if _calls_others(trace, index) else trace.calls[index]
+
+
+def window_of(trace: LayerTrace, index: int) -> Window:
+    """A traced convolution along its rows, padded by itself or by the layer in front of it."""
+    call = trace.calls[index]
+    if call.kind in CLIP_CONVOLUTIONS:
+        inner = _convolution(trace, index)
+        kernel, stride = inner.setting("kernel_size")[1], inner.setting("stride")[1]
+        return Window(kernel, stride, kernel // 2, kernel // 2)
+    window, source = call_window(call), call.source
+    if source < 0 or trace.calls[source].kind not in PADS:
+        return window
+    _, _, lead, trail = trace.calls[source].setting("padding")
+    return attrs.evolve(window, lead=window.lead + lead, trail=window.trail + trail)
 
 
 def call_window(call: LayerCall) -> Window:
@@ -250,25 +280,26 @@ def call_window(call: LayerCall) -> Window:
 
 def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> ShardStep | None:
     """What a call exchanges, or None; `reach` is what it fetches itself."""
-    scale = call_scale(trace, index)
+    step = ShardStep(name=call.name, kind="halo", scale=call_scale(trace, index), frames=_frames(call))
     channels = call.in_shape[1] if reach else 0
     if call.kind == "GroupNorm":
         groups = int(call.setting("num_groups"))
-        return ShardStep(
-            name=call.name, kind="statistics", scale=scale, channels=channels, reach=reach, groups=groups
-        )
+        return attrs.evolve(step, kind="statistics", channels=channels, reach=reach, groups=groups)
     groups = _own_groups(trace, index)
     if groups:
-        kind: StepKind = "statistics and positions"
-        return ShardStep(name=call.name, kind=kind, scale=scale, groups=groups, width=call.in_shape[1])
+        return attrs.evolve(step, kind="statistics and positions", groups=groups, width=call.in_shape[1])
+    if call.kind in POSITION_ATTENTION:
+        return attrs.evolve(step, kind="positions", width=call.in_shape[1])
     if call.kind == "Attention":
-        width = 2 * int(call.setting("inner_kv_dim"))
-        return ShardStep(name=call.name, kind="keys and values", scale=scale, width=width)
+        return attrs.evolve(step, kind="keys and values", width=2 * int(call.setting("inner_kv_dim")))
     if call.kind == "SanaMultiscaleLinearAttention":
-        return ShardStep(name=call.name, kind="sums", scale=scale, sums=_linear_sums(trace, index))
-    if reach:
-        return ShardStep(name=call.name, kind="halo", scale=scale, channels=channels, reach=reach)
-    return None
+        return attrs.evolve(step, kind="sums", sums=_linear_sums(trace, index))
+    return attrs.evolve(step, channels=channels, reach=reach) if reach else None
+
+
+def _frames(call: LayerCall) -> int:
+    """Frames of a call's input, on an axis of their own or in the batch, which is 1 in a trace."""
+    return math.prod(call.in_shape[:1] + call.in_shape[2:-2])
 
 
 def _linear_sums(trace: LayerTrace, index: int) -> int:
@@ -284,7 +315,8 @@ def _linear_sums(trace: LayerTrace, index: int) -> int:
 def call_scale(trace: LayerTrace, index: int) -> Scale:
     """A call's resolution; inside attention, where positions are in one row, that of the attention."""
     shapes = (trace.calls[at].in_shape for at in (index, *_enclosing(trace, index)))
-    rows = next(shape[-2] for shape in shapes if len(shape) == len(trace.in_shape))
+    # Layers of clips may see frames as a batch of pictures.
+    rows = next(shape[-2] for shape in shapes if 4 <= len(shape) <= len(trace.in_shape))
     whole = trace.in_shape[-2]
     return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
 
@@ -293,5 +325,7 @@ def _moment(trace: LayerTrace, index: int) -> tuple[int, int]:
     """When a call exchanges: attention after the normalisation that it calls."""
     if trace.calls[index].kind not in COVERING:
         return index, -index
-    inner = [at for at in range(index + 1, len(trace.calls)) if index in _enclosing(trace, at)]
+    inner = itertools.takewhile(
+        lambda at: index in _enclosing(trace, at), range(index + 1, len(trace.calls))
+    )
     return max([index, *inner]), -index

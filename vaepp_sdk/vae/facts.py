@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     # It traces with torch, and facts are read where torch is not imported.
     from vaepp_sdk.vae.trace import LayerTrace
 
-__all__ = ["Direction", "TileGrid", "VaeFacts"]
+__all__ = ["ClipLayers", "Direction", "TileGrid", "VaeFacts"]
 
 
 @attrs.frozen(kw_only=True)
@@ -71,6 +71,28 @@ class TileGrid:
 
 
 @attrs.frozen(kw_only=True)
+class ClipLayers:
+    """The layers that a video VAE calls, which depend on how many frames a clip has.
+
+    Attributes:
+        trace: the layers of one direction for a clip of so many input frames; traced once for each number.
+        enough: input frames of a decode and of an encode that call every layer; at least two chunks more
+            than the first where the class works in chunks.
+        chunk: input frames of decode and encode that the class works on at a time beyond `enough`, calling
+            the layers of the chunk before it again; 0 where it runs a whole clip at once.
+    """
+
+    trace: Callable[[Direction, int], LayerTrace] = attrs.field(eq=False, repr=False)
+    enough: tuple[int, int]
+    chunk: tuple[int, int] = (0, 0)
+
+    def frames(self, direction: Direction) -> tuple[int, int]:
+        """`enough` and `chunk` of one direction."""
+        place = 0 if direction == "decode" else 1
+        return self.enough[place], self.chunk[place]
+
+
+@attrs.frozen(kw_only=True)
 class VaeFacts:
     """One VAE, as seen by planners.
 
@@ -89,6 +111,7 @@ class VaeFacts:
             VAE without a frame axis.
         decode_layers: the layers that one decode calls, or None where the adapter does not say.
         encode_layers: those of one encode, likewise.
+        clip_layers: the layers of a VAE with a frame axis, or None where the adapter does not say.
         context: latent rows of context at which the seam of two windows, decoded with the whole picture's
             statistics, cannot be seen, as measured on trained weights of the class.
         encode_rounds_up: whether encode keeps an incomplete last latent row or column, or drops it.
@@ -111,6 +134,7 @@ class VaeFacts:
     temporal_ratio: int = 0
     decode_layers: LayerTrace | None = None
     encode_layers: LayerTrace | None = None
+    clip_layers: ClipLayers | None = None
     context: int = 12
     encode_rounds_up: bool = False
     encode_unit: int = 1
@@ -122,8 +146,16 @@ class VaeFacts:
         """The tiling of one direction, or None where it is not known."""
         return self.decode_tiles if direction == "decode" else self.encode_tiles
 
-    def layers(self, direction: Direction) -> LayerTrace | None:
-        """The layers that one direction calls, or None where they are not known."""
+    def layers(self, direction: Direction, frames: int = 0) -> LayerTrace | None:
+        """The layers that one direction calls, or None where they are not known.
+
+        Args:
+            direction: decode or encode.
+            frames: input frames of a clip; 0 is as few as call every layer. Pictures have none.
+        """
+        if self.clip_layers is not None:
+            enough, _ = self.clip_layers.frames(direction)
+            return self.clip_layers.trace(direction, frames or enough)
         return self.decode_layers if direction == "decode" else self.encode_layers
 
     def tiling_fires(self, direction: Direction, shape: Sequence[int]) -> bool:

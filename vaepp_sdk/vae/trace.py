@@ -80,6 +80,7 @@ class _Recorder(TorchDispatchMode):
         self._open: list[int] = []
         self._sources: dict[int, tuple[int, int]] = {}
         self._kept: list[torch.Tensor] = []
+        self._settings: dict[int, tuple[tuple[str, Any], ...]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,11 +112,17 @@ class _Recorder(TorchDispatchMode):
             in_shape=() if tensor is None else tuple(tensor.shape),
             out_shape=(),
             operators=(),
-            settings=_settings(module),
+            settings=self._settings_of(module),
         )
         self._open.append(len(self.calls))
         self._operators[len(self.calls)] = set()
         self.calls.append(call)
+
+    def _settings_of(self, module: nn.Module) -> tuple[tuple[str, Any], ...]:
+        """Read once: a video VAE calls each layer many times."""
+        if id(module) not in self._settings:
+            self._settings[id(module)] = _settings(module)
+        return self._settings[id(module)]
 
     def end(self, output: Any) -> None:
         """The innermost open call ends."""

@@ -20,7 +20,7 @@ from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
 
-__all__ = ["band_attention", "band_attention_block"]
+__all__ = ["band_attention", "band_attention_block", "band_frame_attention"]
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,6 +60,30 @@ def band_attention_block(block: Any, bands: Bands, scale: Scale) -> Callable[[to
         query = _project(block.to_q, own)
         mixed = _mix(query, everyone, block.to_k.weight.flatten(1))
         return _picture(_project(block.proj, _project(block.to_v, mixed)), values) + values
+
+    return forward
+
+
+def band_frame_attention(block: Any, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for single-head attention of each frame, after a normalisation of single positions.
+
+    Args:
+        block: a layer over `(batch, channels, frames, rows, columns)` with `norm`, `to_qkv` and `proj`, the
+            last two 1x1 convolutions.
+        bands: this rank's band.
+        scale: the resolution of its input.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        batch, channels, frames = values.shape[:3]
+        pictures = values.transpose(1, 2).reshape(batch * frames, channels, *values.shape[-2:])
+        own = block.norm(pictures).flatten(2).transpose(1, 2).contiguous()
+        everyone = torch.cat(bands.gather(own, bands.areas(values, scale), 1, "positions"), dim=1)
+        query_weight, key_weight, value_weight = block.to_qkv.weight.flatten(1).chunk(3)
+        query_bias, _, value_bias = block.to_qkv.bias.chunk(3)
+        mixed = _mix(F.linear(own, query_weight, query_bias), everyone, key_weight)
+        result = _project(block.proj, F.linear(mixed, value_weight, value_bias))
+        return _picture(result, pictures).unflatten(0, (batch, frames)).transpose(1, 2) + values
 
     return forward
 

@@ -30,11 +30,16 @@ class Halo:
     _above: torch.Tensor | None
     _below: torch.Tensor | None
     _pending: Pending | None = None
-    _maps: tuple[RowMap, ...] = ()
+    _maps: tuple[tuple[RowMap, RowMap], ...] = ()
 
-    def mapped(self, layer: RowMap) -> Halo:
-        """The rows around a layer's output, where the layer works position by position."""
-        return attrs.evolve(self, maps=(*self._maps, layer))
+    def mapped(self, above: RowMap, below: RowMap | None = None) -> Halo:
+        """The rows around a layer's output, where the layer works position by position.
+
+        Args:
+            above: the layer, for the rows above.
+            below: what it is for the rows below, where that differs.
+        """
+        return attrs.evolve(self, maps=(*self._maps, (above, below or above)))
 
     def rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The rows above and below, once they have arrived.
@@ -44,11 +49,11 @@ class Halo:
         """
         if self._pending is not None:
             self._pending.wait()
-        return self._apply(self._above), self._apply(self._below)
+        return self._apply(self._above, 0), self._apply(self._below, 1)
 
-    def _apply(self, rows: torch.Tensor | None) -> torch.Tensor | None:
-        for layer in self._maps:
-            rows = None if rows is None else layer(rows)
+    def _apply(self, rows: torch.Tensor | None, side: int) -> torch.Tensor | None:
+        for layers in self._maps:
+            rows = None if rows is None else layers[side](rows)
         return rows
 
 
@@ -172,6 +177,11 @@ class Bands(Exchange):
             found[rank][head.numel() :].view(band.dtype).view(shape) for rank, shape in enumerate(shapes)
         ]
         return heads, bands
+
+    def gather(self, mine: torch.Tensor, lengths: list[int], dim: int, what: str) -> list[torch.Tensor]:
+        """See `Exchange.gather`."""
+        self._tell()
+        return super().gather(mine, lengths, dim, what)
 
     def sum(self, mine: torch.Tensor, what: str) -> torch.Tensor:
         """The sum of everyone's tensor of one shape and dtype, in rank order: the same bits on every rank.

@@ -15,9 +15,28 @@ from torch import nn
 from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
-__all__ = ["band_convolution", "convolution_window", "convolve_band", "convolve_rows", "last_rows"]
+__all__ = [
+    "Edge",
+    "band_convolution",
+    "convolution_window",
+    "convolve_band",
+    "convolve_rows",
+    "last_rows",
+    "zero_rows",
+]
 
 Convolve = Callable[[torch.Tensor], torch.Tensor]
+
+Edge = Callable[[torch.Tensor, int, int, int], torch.Tensor]
+"""Rows beyond the picture's edge: of a band, along an axis, how many, above it (-1) or below it (1)."""
+
+
+def zero_rows(band: torch.Tensor, axis: int, count: int, side: int) -> torch.Tensor:
+    """Rows of zeros beyond either edge."""
+    del side
+    shape = list(band.shape)
+    shape[axis] = count
+    return band.new_zeros(shape)
 
 
 def convolution_window(convolution: nn.Conv2d, axis: int) -> Window:
@@ -50,17 +69,22 @@ def convolve_band(
     whole: Convolve,
     rows: Convolve,
     give: Reach = NO_ROWS,
+    edge: Edge = zero_rows,
+    earlier: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Halo]:
-    """Convolve a band as part of the whole picture.
+    """Convolve a band as part of the whole picture, or of the whole frames of a clip.
 
     Args:
         band: this rank's rows, at least as many as the window's reach.
-        halo: the neighbours' rows around them: those of the window's reach, and `give` more.
+        halo: the neighbours' rows around them: those of the window's reach, and `give` more; of earlier frames
+            too, where there are any.
         axis: the split axis.
         window: the convolution along that axis.
-        whole: convolves a tensor with zero padding on all sides.
+        whole: convolves a tensor with the layer's padding on all sides.
         rows: convolves without padding along the split axis.
         give: rows beyond the band to compute as well; only where the stride is 1.
+        edge: the padding along the split axis.
+        earlier: frames before the band's, which `whole` knows of and `rows` does not.
 
     Returns:
         The band's output, and the rows of `give` around it.
@@ -70,35 +94,44 @@ def convolve_band(
     top_rows = (top - 1) * window.stride - window.lead + window.kernel
     bottom_rows = (bottom - 1) * window.stride + window.kernel - reach.below
     if length < max(top_rows, bottom_rows):
-        return _convolve_short(band, halo, axis, window, rows, give)
+        joined = _with_earlier(band, earlier, axis, 0, length)
+        return _convolve_short(joined, halo, axis, window, rows, give, edge)
     out = whole(band)
     above, below = halo.rows()
     beyond_above = beyond_below = None
     if above is not None:
-        strip = [_nearest(above, axis, reach.above + give.above, -1), band.narrow(axis, 0, top_rows)]
-        seam = rows(torch.cat(strip, axis))
+        own = _with_earlier(band, earlier, axis, 0, top_rows)
+        seam = rows(torch.cat([_nearest(above, axis, reach.above + give.above, -1), own], axis))
         out.narrow(axis, 0, top).copy_(last_rows(seam, axis, top))
         beyond_above = seam.narrow(axis, 0, give.above)
     if below is not None:
-        strip = [last_rows(band, axis, bottom_rows), _nearest(below, axis, reach.below + give.below, 1)]
-        seam = rows(torch.cat(strip, axis))
+        own = _with_earlier(band, earlier, axis, length - bottom_rows, bottom_rows)
+        seam = rows(torch.cat([own, _nearest(below, axis, reach.below + give.below, 1)], axis))
         last_rows(out, axis, bottom).copy_(seam.narrow(axis, 0, bottom))
         beyond_below = last_rows(seam, axis, give.below)
     return out, Halo(beyond_above, beyond_below)
 
 
+def _with_earlier(
+    band: torch.Tensor, earlier: torch.Tensor | None, axis: int, start: int, count: int
+) -> torch.Tensor:
+    """Some rows of a band, behind those of the frames before."""
+    rows = band.narrow(axis, start, count)
+    return rows if earlier is None else torch.cat([earlier.narrow(axis, start, count), rows], dim=2)
+
+
 def _convolve_short(
-    band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach
+    band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach, edge: Edge
 ) -> tuple[torch.Tensor, Halo]:
     """Convolve a band too short for its seams to be told apart; its copy is as short."""
     above, below = halo.rows()
 
     if above is None:
-        before, first = _zeros(band, axis, window.lead), 0
+        before, first = edge(band, axis, window.lead, -1), 0
     else:
         before, first = _nearest(above, axis, window.reach.above + give.above, -1), give.above
     if below is None:
-        after, last = _zeros(band, axis, window.trail), 0
+        after, last = edge(band, axis, window.trail, 1), 0
     else:
         after, last = _nearest(below, axis, window.reach.below + give.below, 1), give.below
     wide = rows(torch.cat([before, band, after], axis))
@@ -109,24 +142,28 @@ def _convolve_short(
 
 
 def band_convolution(
-    convolution: nn.Conv2d, bands: Bands, name: str, give: Reach
+    convolution: nn.Conv2d, bands: Bands, name: str, window: Window, give: Reach
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward for `convolution` that works on this rank's band of the picture.
 
     Args:
-        convolution: the layer.
+        convolution: the layer, or one whose input another layer pads; then it pads it here instead.
         bands: this rank's band.
         name: names the exchange in errors.
+        window: how it works along the split axis, and along the other one; padding of others included.
         give: rows beyond the band that a later layer reads of its output.
     """
     axis = bands.axis
-    window = convolution_window(convolution, axis)
+    own = convolution_window(convolution, axis)
+    sides = (window.lead - own.lead, window.trail - own.trail)
+    padded = any(sides)
+    across = (0, 0, *sides) if axis == -1 else (*sides, 0, 0)
 
     def whole(values: torch.Tensor) -> torch.Tensor:
-        return nn.Conv2d.forward(convolution, values)
+        return nn.Conv2d.forward(convolution, F.pad(values, sides * 2) if padded else values)
 
     def rows(strip: torch.Tensor) -> torch.Tensor:
-        return convolve_rows(convolution, strip, axis)
+        return convolve_rows(convolution, F.pad(strip, across) if padded else strip, axis)
 
     def forward(values: torch.Tensor) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, window.reach, name)
@@ -145,15 +182,9 @@ def _nearest(halo: torch.Tensor, axis: int, count: int, side: int) -> torch.Tens
     """
     missing = count - halo.shape[axis]
     if missing > 0:
-        padding = _zeros(halo, axis, missing)
+        padding = zero_rows(halo, axis, missing, side)
         return torch.cat([padding, halo] if side < 0 else [halo, padding], axis)
     return last_rows(halo, axis, count) if side < 0 else halo.narrow(axis, 0, count)
-
-
-def _zeros(like: torch.Tensor, axis: int, count: int) -> torch.Tensor:
-    shape = list(like.shape)
-    shape[axis] = count
-    return like.new_zeros(shape)
 
 
 def last_rows(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:

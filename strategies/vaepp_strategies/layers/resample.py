@@ -13,13 +13,13 @@ from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import convolve_band
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
 
-__all__ = ["band_downsample", "band_upsample", "band_upsample_block"]
+__all__ = ["band_downsample", "band_pad", "band_upsample", "band_upsample_block"]
 
 
 def band_upsample(
     upsample: nn.Upsample, bands: Bands, reach: Reach, name: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for a nearest `nn.Upsample`; the rows for the next layer travel before they are doubled.
+    """A forward for a nearest `nn.Upsample`, or a subclass; rows for the next layer travel before they are doubled.
 
     Args:
         upsample: the layer, with a whole scale factor.
@@ -28,8 +28,27 @@ def band_upsample(
         name: names the exchange in errors.
     """
 
+    own = type(upsample).forward
+
     def forward(values: torch.Tensor) -> torch.Tensor:
-        return _carry_through(values, lambda rows: nn.Upsample.forward(upsample, rows), bands, reach, name)
+        return _carry_through(values, lambda rows: own(upsample, rows), bands, reach, name)
+
+    return forward
+
+
+def band_pad(bands: Bands, reach: Reach, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for padding in front of a convolution that pads its band itself: only the rows travel here.
+
+    Args:
+        bands: this rank's band.
+        reach: what the convolution needs of the neighbours' rows, where no earlier layer fetched it.
+        name: names the exchange in errors.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        if reach:
+            bands.carry(values, bands.fetch(values, reach, name))
+        return values
 
     return forward
 
