@@ -31,20 +31,32 @@ def tiny_autoencoder(*, dtype: torch.dtype = torch.float32, **config: Any) -> An
     return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
 
 
+def clip_vae(name: str, dtype: torch.dtype) -> Any:
+    """A video VAE whose pictures stay between -1 and 1: clamped ones would hide mistakes."""
+    vae = build(name, dtype)
+    for parameter in vae.decoder.conv_out.parameters():
+        parameter.mul_(0.5)
+    return vae
+
+
 BUILDERS: dict[str, Callable[..., Any]] = {
     "kl": tiny_kl,
     "flux2": tiny_flux2,
     "tiny": tiny_autoencoder,
     "dc": lambda dtype: build("AutoencoderDC", dtype),
     "hunyuan image": lambda dtype: build("AutoencoderKLHunyuanImage", dtype),
+    "wan": lambda dtype: clip_vae("AutoencoderKLWan", dtype),
+    "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype),
+    "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype),
 }
 
 
 @attrs.frozen
 class Case:
-    """One decode or encode; `sides` are the input's rows and columns."""
+    """One decode or encode; `sides` are the input's rows and columns, `frames` a clip's."""
 
     sides: tuple[int, int]
+    frames: int | None = None
     batch: int = 1
     size: int | None = None
     output: Output = "all"
@@ -61,9 +73,11 @@ def prepared(case: Case) -> tuple[Any, torch.Tensor]:
     vae = BUILDERS[case.vae](dtype=case.dtype, **case.build)
     if case.prepare:
         getattr(vae, case.prepare)()
-    channels = vae.config.latent_channels if case.direction == "decode" else 3
+    latent = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
+    channels = latent if case.direction == "decode" else 3
     torch.manual_seed(7)
-    value = torch.randn(case.batch, channels, *case.sides)
+    clip = () if case.frames is None else (case.frames,)
+    value = torch.randn(case.batch, channels, *clip, *case.sides)
     value = value + torch.linspace(-2, 3, case.sides[0]).view(-1, 1) + torch.linspace(-1, 2, case.sides[1])
     return vae, value.to(case.dtype)
 

@@ -65,9 +65,7 @@ class Adapter(VaeAdapter):
 
         return ClipLayers(trace=trace, enough=enough, chunk=chunk)
 
-    def _traced(
-        self, direction: Direction, frames: int, front: tuple[int, ...], ratio: int
-    ) -> LayerTrace:
+    def _traced(self, direction: Direction, frames: int, front: tuple[int, ...], ratio: int) -> LayerTrace:
         """One direction for one number of frames, traced once; `front` are the input's other axes."""
         key = (direction, frames)
         if key not in self._traces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from vaepp_strategies.layers.lockstep import BandGroup, Lockstep
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_layers import band_forwards
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
-from vaepp_strategies.shard_run import ShardStrategy, WindowCall, input_halo
+from vaepp_strategies.shard_run import ShardStrategy, input_halo
 
 __all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid"]
 
@@ -29,6 +30,8 @@ GRID = 4
 """Bands of the grid, where the latent allows as many; with another number, results would round otherwise."""
 
 Forward = Callable[..., Any]
+
+BandCall = Callable[[VaeAdapter, torch.Tensor], torch.Tensor]
 
 
 @attrs.frozen(kw_only=True)
@@ -91,8 +94,8 @@ class GridStrategy(ShardStrategy):
     ) -> Landed:
         """See `Strategy.decode`."""
 
-        def window_call(band: torch.Tensor) -> torch.Tensor:
-            return adapter.finish_decode(adapter.decode_window(band))
+        def window_call(one: VaeAdapter, band: torch.Tensor) -> torch.Tensor:
+            return one.finish_decode(one.decode_window(band))
 
         return self._land(adapter, window_call, latent, group, plan)
 
@@ -100,16 +103,20 @@ class GridStrategy(ShardStrategy):
         self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: GridPlan
     ) -> Landed:
         """See `Strategy.encode`."""
-        return self._land(adapter, adapter.encode_window, picture, group, plan)
+
+        def window_call(one: VaeAdapter, band: torch.Tensor) -> torch.Tensor:
+            return one.encode_window(band)
+
+        return self._land(adapter, window_call, picture, group, plan)
 
     @torch.no_grad()
     def _land(
-        self, adapter: VaeAdapter, call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
+        self, adapter: VaeAdapter, call: BandCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
     ) -> Landed:
         pieces: dict[int, torch.Tensor] = {}
         if plan.owned(group.rank):
             alone = len(plan.windows) == 1
-            pieces = {0: call(value)} if alone else _bands(adapter, call, value, group, plan)
+            pieces = {0: call(adapter, value)} if alone else _bands(adapter, call, value, group, plan)
             group.progress(len(plan.grid.steps) + 1, len(plan.grid.steps) + 1)
         landed = land(pieces, group, plan, value.dtype, value.device)
         if group.rank == 0 and value.device.type == "cuda" and not self._warned:
@@ -118,7 +125,7 @@ class GridStrategy(ShardStrategy):
 
 
 def _bands(
-    adapter: VaeAdapter, call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
+    adapter: VaeAdapter, call: BandCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
 ) -> dict[int, torch.Tensor]:
     """The output of every band of this rank."""
     trace = adapter.facts().layers(plan.work.direction)
@@ -134,10 +141,17 @@ def _bands(
         rows = value[(..., *grid.windows[band].source.slices)].contiguous()
         if grid.input_reach:
             bands[band].carry(rows, input_halo(value, grid, band))
-        return call(rows)
+        return call(_with_own_attributes(adapter), rows)
 
     with swapped(_of_current(lockstep, forwards)):
         return lockstep.run(work, value.device)
+
+
+def _with_own_attributes(adapter: VaeAdapter) -> VaeAdapter:
+    """The adapter of the same layers for one band: video VAEs keep frames in attributes of the VAE itself."""
+    one = copy.copy(adapter)
+    one.vae = copy.copy(adapter.vae)
+    return one
 
 
 def _of_current(

@@ -58,17 +58,18 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         row_blocks: what is asked of row blocks; None runs layers in one piece.
 
     Raises:
-        UnsupportedError: the input has a frame axis or no pixel, or the adapter does not say which layers it
-            calls; or its layers cannot be run in row blocks, or not within the limit.
+        UnsupportedError: the input has the wrong axes or no pixel, or the adapter does not say which layers
+            it calls; or its layers cannot be run in row blocks, or not within the limit.
     """
     if facts.layers(work.direction) is None:
+        raise UnsupportedError(f"strategy 'shard' takes VAEs whose layers are known; found {facts.vae_class}")
+    frames = "frames, " if facts.temporal_ratio else ""
+    if len(work.shape) != (5 if frames else 4):
         raise UnsupportedError(
-            f"strategy 'shard' takes VAEs whose layers are known; found {facts.vae_class}"
+            f"{work.direction} of {facts.vae_class} takes (batch, channels, {frames}rows, columns); found "
+            f"shape {work.shape}"
         )
-    if len(work.shape) != (5 if facts.temporal_ratio else 4):
-        axes = "batch, channels, frames, rows, columns" if facts.temporal_ratio else "batch, channels, rows, columns"
-        raise UnsupportedError(f"{work.direction} of {facts.vae_class} takes ({axes}); found shape {work.shape}")
-    if facts.temporal_ratio and row_blocks is not None:
+    if frames and row_blocks is not None:
         raise UnsupportedError(f"row_blocks and peak_limit take pictures; {facts.vae_class} takes clips")
     if 0 in facts.out_shape(work.direction, work.shape):
         raise UnsupportedError(f"{work.direction} of shape {work.shape} has no output")

@@ -19,7 +19,7 @@ from vaepp_strategies.shard_layers import band_forwards, refused_layers
 from vaepp_strategies.shard_limit import row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 
-__all__ = ["ShardStrategy", "WindowCall", "input_halo"]
+__all__ = ["ShardStrategy", "input_halo"]
 
 WindowCall = Callable[[torch.Tensor], torch.Tensor]
 

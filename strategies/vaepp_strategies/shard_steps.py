@@ -36,6 +36,7 @@ __all__ = [
 
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "positions", "sums"]
 
+
 @attrs.frozen(kw_only=True)
 class ShardStep:
     """One exchange of one layer.
@@ -44,7 +45,7 @@ class ShardStep:
         name: the layer's name in the VAE.
         kind: what is exchanged.
         scale: the resolution of the layer's input.
-        frames: frames of the layer's input; only those that are new in this call, where it keeps earlier ones.
+        frames: frames of the layer's input; earlier ones that it is given once more do not count.
         channels: channels of the rows exchanged with neighbours.
         reach: the neighbours' rows that are fetched.
         groups: groups of the normalisation whose statistics are exchanged.
@@ -153,7 +154,7 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
     own: dict[int, Reach] = {}
     given: dict[int, Reach] = {}
     # Readers before givers, so that a giver's own need is complete when it asks further up.
-    for index, call in reversed(list(visible_calls(trace))):
+    for index, _ in reversed(list(visible_calls(trace))):
         reach = _needed(trace, index, given.get(index, NO_ROWS))
         if not reach:
             continue
@@ -244,7 +245,8 @@ def passes_through(trace: LayerTrace, index: int) -> bool:
     if call.kind == "Conv2d":
         return window_of(trace, index).pointwise
     if call.kind in CLIP_CONVOLUTIONS:
-        return window_of(trace, index).pointwise and set(_convolution(trace, index).setting("kernel_size")) == {1}
+        kernel = _convolution(trace, index).setting("kernel_size")
+        return set(kernel) == {1} and window_of(trace, index).pointwise
     keeps_places = call.in_shape[2:] == call.out_shape[2:]
     return keeps_places and not _calls_others(trace, index) and call.kind not in COVERING
 
@@ -325,7 +327,5 @@ def _moment(trace: LayerTrace, index: int) -> tuple[int, int]:
     """When a call exchanges: attention after the normalisation that it calls."""
     if trace.calls[index].kind not in COVERING:
         return index, -index
-    inner = itertools.takewhile(
-        lambda at: index in _enclosing(trace, at), range(index + 1, len(trace.calls))
-    )
+    inner = itertools.takewhile(lambda at: index in _enclosing(trace, at), range(index + 1, len(trace.calls)))
     return max([index, *inner]), -index

@@ -83,7 +83,8 @@ def band_frame_attention(block: Any, bands: Bands, scale: Scale) -> Callable[[to
         query_bias, _, value_bias = block.to_qkv.bias.chunk(3)
         mixed = _mix(F.linear(own, query_weight, query_bias), everyone, key_weight)
         result = _project(block.proj, F.linear(mixed, value_weight, value_bias))
-        return _picture(result, pictures).unflatten(0, (batch, frames)).transpose(1, 2) + values
+        mixed = _picture(result, pictures).view(batch, frames, channels, *values.shape[-2:])
+        return mixed.transpose(1, 2) + values
 
     return forward
 

@@ -1,4 +1,7 @@
-"""Convolution of a band of a clip, run some frames at a time: rows of earlier frames are kept, not sent again."""
+"""Convolution of a band of a clip that is run some frames at a time.
+
+Where a class hands a layer its last frames again, their rows at the seams are kept here, not sent again.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,7 @@ class _Memory:
         """The rows of earlier frames and of this call's, in order."""
         joined = rows
         if self.take:
-            assert self._last is not None and self._last.shape[2] >= self.take, "earlier frames were seen"
+            assert self._last is not None, "earlier frames were seen"
             joined = torch.cat([self._last[:, :, -self.take :], rows], dim=2)
         if self.keep:
             known = joined if self._last is None else torch.cat([self._last, rows], dim=2)

@@ -76,8 +76,8 @@ def convolve_band(
 
     Args:
         band: this rank's rows, at least as many as the window's reach.
-        halo: the neighbours' rows around them: those of the window's reach, and `give` more; of earlier frames
-            too, where there are any.
+        halo: the neighbours' rows around them: those of the window's reach, and `give` more; of the
+            `earlier` frames too.
         axis: the split axis.
         window: the convolution along that axis.
         whole: convolves a tensor with the layer's padding on all sides.

@@ -19,15 +19,14 @@ __all__ = ["band_downsample", "band_pad", "band_upsample", "band_upsample_block"
 def band_upsample(
     upsample: nn.Upsample, bands: Bands, reach: Reach, name: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for a nearest `nn.Upsample`, or a subclass; rows for the next layer travel before they are doubled.
+    """A forward for a nearest `nn.Upsample`; the rows for the next layer travel before they are doubled.
 
     Args:
-        upsample: the layer, with a whole scale factor.
+        upsample: the layer, or one of a subclass, with a whole scale factor.
         bands: this rank's band.
         reach: what is needed of the neighbours' input rows, where no earlier layer fetched it.
         name: names the exchange in errors.
     """
-
     own = type(upsample).forward
 
     def forward(values: torch.Tensor) -> torch.Tensor:

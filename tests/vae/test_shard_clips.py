@@ -1,0 +1,79 @@
+"""Sharded decode and encode of clips on real ranks, against the untiled ones on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from counted import counted
+from shard_cases import Case, check_cases, prepared
+
+from vaepp_sdk import UnsupportedError, parallelize_vae
+from vaepp_sdk.testing import run_ranks
+
+BF16, F64 = torch.bfloat16, torch.float64
+E = "encode"
+
+# Pictures of one frame, clips of several chunks, fewer rows than ranks, columns longer than rows, odd sides.
+CASES = [
+    Case((6, 5), 1, vae="wan", dtype=F64),
+    Case((5, 9), 5, vae="wan", batch=2, output="rank0"),
+    Case((7, 4), 3, vae="wan", dtype=F64, output="sharded"),
+    Case((9, 8), 3, vae="wan", dtype=BF16),
+    Case((1, 2), 2, vae="wan", dtype=F64),
+    Case((48, 40), 1, vae="wan", direction=E, dtype=F64),
+    Case((33, 61), 9, vae="wan", direction=E, batch=2, output="rank0"),  # no whole number of latents
+    Case((40, 16), 17, vae="wan", direction=E, dtype=F64),
+    Case((64, 48), 6, vae="wan", direction=E, dtype=BF16),
+    Case((5, 3), 5, vae="wan 2.2", dtype=F64),
+    Case((4, 7), 2, vae="wan 2.2", batch=2, output="sharded"),
+    Case((80, 32), 13, vae="wan 2.2", direction=E, dtype=F64),
+    Case((5, 3), 4, vae="qwen", dtype=F64, prepare="enable_slicing", batch=2),
+    Case((3, 6), 1, vae="qwen", output="sharded"),
+    Case((24, 41), 9, vae="qwen", direction=E, dtype=F64),
+]
+PART = [
+    Case((7, 3), 2, vae="wan", size=2, active=2),
+    Case((3, 2), 3, vae="wan", active=3, dtype=F64),
+]
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES), (3, CASES[1::3]), (4, CASES[::2] + PART)])
+def test_the_result_is_the_untiled_one_up_to_rounding(world_size: int, cases: list[Case]) -> None:
+    check_cases(world_size, cases)
+
+
+class BoomError(Exception):
+    pass
+
+
+def boom(*_: Any) -> None:
+    raise BoomError
+
+
+def fail_and_go_on(rank: int) -> dict[str, bool]:
+    """An error half way through a clip on every rank, then a decode of the same VAE; and what is refused."""
+    vae, value = prepared(Case((5, 4), 3, vae="wan"))
+    wrapped = parallelize_vae(vae, strategy="shard")
+    handle = vae.decoder.up_blocks[2].register_forward_pre_hook(boom)
+    with pytest.raises(BoomError):
+        wrapped.decode(value)
+    handle.remove()
+    found = {
+        "restored": not any("forward" in vars(module) for module in vae.modules()),
+        "caches are empty": all(frames is None for frames in vae._feat_map),
+    }
+    vae.disable_tiling()
+    expected = vae.decode(value).sample
+    found["right"] = float((wrapped.decode(value).sample - expected).abs().max()) < 2e-5  # rounding
+    for options in ({"row_blocks": 4}, {"deterministic": "reference"}):
+        with counted() as seen, pytest.raises(UnsupportedError):
+            parallelize_vae(vae, strategy="shard", strategy_options=options).decode(value)
+        found[f"{options} sent nothing"] = not seen.sent
+    return found
+
+
+def test_an_error_half_way_leaves_no_replaced_layer_and_no_cached_frame() -> None:
+    for report in run_ranks(2, fail_and_go_on):
+        assert all(report.values()), report
