@@ -11,14 +11,14 @@ from torch import nn
 
 __all__ = ["ZOO", "build"]
 
-ZOO: dict[str, Callable[[], Any]] = {}
+ZOO: dict[str, Callable[..., Any]] = {}
 """Builders by name: a class name, with a suffix where one class has several configurations."""
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def build(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """One VAE in eval mode with tiling on; equal seeds give equal weights on every rank."""
     torch.manual_seed(len(name))
-    vae = ZOO[name]()
+    vae = ZOO[name](**config)
     for key, parameter in vae.named_parameters():
         if "norm" in key and parameter.numel() > 1:
             # At 1 and 0, affine parameters would hide mistakes in statistics.
@@ -26,7 +26,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return vae.to(dtype).eval().requires_grad_(False)
 
 
-def _zoo(function: Callable[[], Any]) -> Callable[[], Any]:
+def _zoo(function: Callable[..., Any]) -> Callable[..., Any]:
     ZOO[function.__name__] = function
     return function
 
@@ -64,27 +64,31 @@ def AutoencoderKLHunyuanImage() -> Any:
     return vae
 
 
-def _wan(**config: Any) -> Any:
-    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **config)
+def _wan(width: int = 4, **config: Any) -> Any:
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=width, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **config
+    )
     vae.enable_tiling(64, 64, 48, 48)
     return vae
 
 
 @_zoo
-def AutoencoderKLWan() -> Any:
-    return _wan()
+def AutoencoderKLWan(width: int = 4) -> Any:
+    return _wan(width)
 
 
 @_zoo
-def AutoencoderKLWan_22() -> Any:
-    vae = _wan(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
+def AutoencoderKLWan_22(width: int = 4) -> Any:
+    vae = _wan(
+        width, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16
+    )
     vae.enable_tiling(128, 128, 96, 96)
     return vae
 
 
 @_zoo
-def AutoencoderKLQwenImage() -> Any:
-    vae = diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+def AutoencoderKLQwenImage(width: int = 4) -> Any:
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=width, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     vae.enable_tiling(64, 64, 48, 48)
     return vae
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from vaepp_sdk import UnsupportedError, parallelize_vae
 from vaepp_sdk.testing import run_ranks
 
 BF16, F64 = torch.bfloat16, torch.float64
-E = "encode"
+E: Literal["encode"] = "encode"
 
 # Pictures of one frame, clips of several chunks, fewer rows than ranks, columns longer than rows, odd sides.
 CASES = [

@@ -27,6 +27,8 @@ CASES = [
     Case((135, 45), direction="encode"),
     Case((61, 299), direction="encode", batch=2),
     Case((135, 45), direction="encode", vae="tiny", dtype=torch.bfloat16),
+    Case((5, 3), 2, vae="wan"),
+    Case((33, 24), 5, vae="qwen", direction="encode"),
     Case((3, 2)),  # three bands
     Case((1, 1)),  # one band
 ]

@@ -71,7 +71,6 @@ class WholeBands(Bands):
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
-        self._tell()
         lengths = [self.parts.core_length(rank, scale) for rank in range(self.ranks)]
         bands = self.gather(band.contiguous(), lengths, band.dim() + self.axis, what)
         return _joined(bands, self.axis, band)
