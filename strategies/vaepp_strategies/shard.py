@@ -35,8 +35,16 @@ _ENTRY = StrategyEntry(
             kind="string",
             help='The most live bytes of a rank, weights excluded, as in "6GiB"; chooses row_blocks itself.',
         ),
+        Option(
+            name="recompute",
+            kind="string",
+            default="auto",
+            choices=("auto", "never", "always"),
+            help="Beside row blocks: activations are computed again instead of stored where peak_limit "
+            "cannot be kept otherwise (`auto`), `never`, or wherever it lowers the peak (`always`).",
+        ),
     ),
-    single_rank_options=("row_blocks", "peak_limit", "deterministic"),
+    single_rank_options=("row_blocks", "peak_limit", "recompute", "deterministic"),
 )
 
 

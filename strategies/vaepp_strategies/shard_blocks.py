@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,13 +16,16 @@ from vaepp_strategies.layers.conv import convolution_window, convolve_rows
 from vaepp_strategies.layers.norm import merge_moments
 from vaepp_strategies.layers.reach import NO_ROWS, Window
 from vaepp_strategies.layers.row_blocks import (
+    Filled,
+    Recomputed,
     activated,
     block_moments,
     convolve_beyond,
     convolve_blocks,
     convolve_in_place,
+    convolve_onto,
 )
-from vaepp_strategies.layers.rows import RowMap, Rows, unchanged
+from vaepp_strategies.layers.rows import RowMap, Rows, read_rows, row_count, unchanged
 from vaepp_strategies.shard_limit import BlockPlan
 from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_stages import Stage
@@ -75,6 +79,8 @@ class _Runner:
         if self.stage.kind == "attention":
             result: torch.Tensor = self._layer(0)(held.pop())
             return result
+        if self.stage.recompute == "hidden":
+            return self._residual_over(held.pop())
         if self.stage.kind == "residual":
             return self._residual(held.pop())
         if self.stage.kind == "activated convolution":
@@ -86,6 +92,11 @@ class _Runner:
 
     def _resampled(self, values: torch.Tensor) -> torch.Tensor:
         """A convolution of the input as it is, or as it is interpolated or padded first."""
+        rows, convolve, window, _ = self.resampling(values)
+        return self._convolved(rows, convolve, window, self.stage.names[-1])
+
+    def resampling(self, values: torch.Tensor) -> tuple[Rows, RowMap, Window, int]:
+        """What such a convolution reads, itself, its window, and how many rows it gives."""
         name = self.stage.names[0]
         doubles, pads = self.stage.kind == "upsample", self.stage.kind == "downsample"
         convolution = self._layer(1 if doubles or pads else 0)
@@ -104,23 +115,22 @@ class _Runner:
 
         layer, factor = (_double, 2) if doubles else (unchanged, 1)
         rows = Rows(band=values, axis=axis, above=above, below=below, layer=layer, factor=factor)
-        return self._convolved(rows, convolve, window, self.stage.names[-1])
+        return rows, convolve, window, self._length()
+
+    def _length(self) -> int:
+        return self.bands.parts.core_length(self.bands.group.rank, self.stage.out_scale)
 
     def _activated(
         self, values: torch.Tensor, norm: nn.GroupNorm, activation: nn.Module, convolution: nn.Conv2d
     ) -> torch.Tensor:
         """Normalisation, activation and a convolution that writes elsewhere."""
         rows = self._normalised(values, norm, activation, self.stage.names[0])
-        axis = self.bands.axis
-
-        def convolve(strip: torch.Tensor) -> torch.Tensor:
-            return convolve_rows(convolution, strip, axis)
-
-        return self._convolved(rows, convolve, convolution_window(convolution, axis), self.stage.names[-1])
+        window = convolution_window(convolution, self.bands.axis)
+        return self._convolved(rows, self._rows_of(convolution), window, self.stage.names[-1])
 
     def _convolved(self, rows: Rows, convolve: RowMap, window: Window, name: str) -> torch.Tensor:
         """All of a convolution's output, and the rows around it that a later layer reads."""
-        length = self.bands.parts.core_length(self.bands.group.rank, self.stage.out_scale)
+        length = self._length()
         out = convolve_blocks(rows, convolve, window, length, self.blocks)
         give = dict(self.plan.given).get(name, NO_ROWS)
         if give:
@@ -129,38 +139,89 @@ class _Runner:
 
     def _residual(self, values: torch.Tensor) -> torch.Tensor:
         """A residual block; its second convolution writes over what the first one gave."""
-        block, axis = self._layer(0), self.bands.axis
-        norm1 = self._normalised(values, block.norm1, block.nonlinearity, f"{self.stage.names[0]}.norm1")
-        length = values.shape[axis]
+        block, axis, name = self._layer(0), self.bands.axis, self.stage.names[0]
+        source = values if self.stage.source is None else self._upsampled(values, self.stage.source)
+        norm1 = self._normalised(source, block.norm1, block.nonlinearity, f"{name}.norm1")
+        length = row_count(source, axis)
+        kept = Filled(axis, length)
 
-        def first(strip: torch.Tensor) -> torch.Tensor:
-            return convolve_rows(block.conv1, strip, axis)
+        def shortcut(start: int, size: int) -> torch.Tensor:
+            own = read_rows(source, axis, start, start + size)
+            return own if block.conv_shortcut is None else convolve_rows(block.conv_shortcut, own, axis)
 
-        def second(strip: torch.Tensor) -> torch.Tensor:
-            return convolve_rows(block.conv2, strip, axis)
+        def keep(start: int, size: int) -> None:
+            kept.put(shortcut(start, size), start)
 
         def add(changed: torch.Tensor, start: int, size: int) -> torch.Tensor:
-            own = values.narrow(axis, start, size)
-            if block.conv_shortcut is not None:
-                own = convolve_rows(block.conv_shortcut, own, axis)
-            changed.add_(own)
-            return changed if block.output_scale_factor == 1 else changed.div_(block.output_scale_factor)
+            own = kept.whole.narrow(axis, start, size) if keeps else shortcut(start, size)
+            return _scaled(changed.add_(own), block)
 
-        hidden = convolve_blocks(norm1, first, convolution_window(block.conv1, axis), length, self.blocks)
-        norm2 = self._normalised(hidden, block.norm2, block.nonlinearity, f"{self.stage.names[0]}.norm2")
-        convolve_in_place(norm2, second, convolution_window(block.conv2, axis), self.blocks, add)
+        keeps = self.stage.recompute == "kept"
+        window, beside = convolution_window(block.conv1, axis), keep if keeps else None
+        hidden = convolve_blocks(norm1, self._rows_of(block.conv1), window, length, self.blocks, beside)
+        norm2 = self._normalised(hidden, block.norm2, block.nonlinearity, f"{name}.norm2")
+        window = convolution_window(block.conv2, axis)
+        convolve_in_place(norm2, self._rows_of(block.conv2), window, self.blocks, add)
         return hidden
 
-    def _normalised(self, values: torch.Tensor, norm: nn.GroupNorm, activation: nn.Module, name: str) -> Rows:
+    def _residual_over(self, values: torch.Tensor) -> torch.Tensor:
+        """A residual block that writes its output over its input, and runs its first convolution twice."""
+        block, axis, name = self._layer(0), self.bands.axis, self.stage.names[0]
+        window = convolution_window(block.conv1, axis)
+        norm1 = self._normalised(values, block.norm1, block.nonlinearity, f"{name}.norm1")
+        hidden = Recomputed(
+            rows=norm1, convolve=self._rows_of(block.conv1), window=window, length=values.shape[axis]
+        )
+        norm2 = self._normalised(hidden, block.norm2, block.nonlinearity, f"{name}.norm2")
+
+        def add(changed: torch.Tensor, start: int, size: int) -> torch.Tensor:
+            return _scaled(changed.add_(values.narrow(axis, start, size)), block)
+
+        # The next block's rows of `hidden` are made of rows that are not written over yet: those before
+        # them are held since they were read.
+        convolve_onto(values, norm2, self._rows_of(block.conv2), window, self.blocks, add)
+        self.bands.forget(values)
+        return values
+
+    def _upsampled(self, values: torch.Tensor, source: Stage) -> Recomputed:
+        """What an upsampling gives, not stored."""
+        upsampling = attrs.evolve(self, stage=source)
+        rows, convolve, window, length = upsampling.resampling(values)
+        return Recomputed(rows=rows, convolve=convolve, window=window, length=length)
+
+    def _rows_of(self, convolution: nn.Conv2d) -> RowMap:
+        """Convolves rows without padding along their axis."""
+        return partial(convolve_rows, convolution, axis=self.bands.axis)
+
+    def _normalised(
+        self, values: torch.Tensor | Recomputed, norm: nn.GroupNorm, activation: nn.Module, name: str
+    ) -> Rows:
         """The rows of the activated input, with the whole picture's statistics; nothing is computed yet."""
         bands, step = self.bands, self.steps[name]
         mine = block_moments(values, norm.num_groups, bands.axis, self.blocks)
-        everyone, riding = bands.gather_with_rows(mine, values, step.reach, "normalisation statistics")
+        # What is not stored needs only its edges to exchange them.
+        stored = values if isinstance(values, torch.Tensor) else values.edges(step.reach)
+        everyone, riding = bands.gather_with_rows(mine, stored, step.reach, "normalisation statistics")
         per_position = norm.num_channels // norm.num_groups
-        counts = [area * per_position for area in bands.areas(values, step.scale)]
-        above, below = (bands.carried(values) or riding).rows()
+        counts = [area * per_position for area in bands.areas(stored, step.scale)]
+        above, below = self._beyond(values, riding)
         layer = activated(norm, activation, *merge_moments(counts, everyone))
         return Rows(band=values, axis=bands.axis, above=above, below=below, layer=layer)
+
+    def _beyond(
+        self, values: torch.Tensor | Recomputed, riding: Halo
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The neighbours' rows around a normalisation's input: given by an earlier layer, or just arrived."""
+        if isinstance(values, torch.Tensor):
+            return (self.bands.carried(values) or riding).rows()
+        source = self.stage.source
+        give = dict(self.plan.given).get(source.names[-1], NO_ROWS) if source else NO_ROWS
+        return values.beyond(give) if give else riding.rows()
+
+
+def _scaled(values: torch.Tensor, block: Any) -> torch.Tensor:
+    """A residual's sum, as the block scales it; in place."""
+    return values if block.output_scale_factor == 1 else values.div_(block.output_scale_factor)
 
 
 def _double(rows: torch.Tensor) -> torch.Tensor:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import attrs
 
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_strategies.shard_memory import BandMemory, stage_blocks
-from vaepp_strategies.shard_stages import Sequence
+from vaepp_strategies.shard_recompute import leaner_sequences, sequence_work
+from vaepp_strategies.shard_stages import Sequence, Stage
 
-__all__ = ["BlockPlan", "RowBlocks", "parse_bytes", "plan_blocks", "row_blocks_from"]
+__all__ = ["BlockPlan", "Recomputes", "RowBlocks", "parse_bytes", "plan_blocks", "row_blocks_from"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(KiB|MiB|GiB)")
+
+
+Recomputes = Literal["auto", "never", "always"]
 
 
 @attrs.frozen(kw_only=True)
@@ -24,10 +29,13 @@ class RowBlocks:
     Attributes:
         count: how many blocks the largest layer is run in; 0 where a limit decides.
         limit: the most live bytes of a rank; 0 without a limit.
+        recompute: whether activations are computed again instead of stored: where the limit cannot be kept
+            otherwise, never, or wherever it lowers the peak.
     """
 
     count: int
     limit: int
+    recompute: Recomputes = "auto"
 
 
 @attrs.frozen(kw_only=True)
@@ -39,12 +47,14 @@ class BlockPlan:
         count: how many blocks the largest layer is run in.
         blocks: how many blocks each layer is run in.
         peaks: each active rank's live bytes at its peak.
+        extra_work: operations that recomputing adds, as a share of all; a band's neighbouring rows excluded.
     """
 
     sequence: Sequence
     count: int
     blocks: tuple[int, ...]
     peaks: tuple[int, ...]
+    extra_work: float
 
 
 def parse_bytes(text: str) -> int:
@@ -62,17 +72,25 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def row_blocks_from(row_blocks: int, peak_limit: str | None) -> RowBlocks | None:
+def row_blocks_from(
+    row_blocks: int, peak_limit: str | None, recompute: Recomputes = "auto"
+) -> RowBlocks | None:
     """What the options ask for; None where nothing is to be run in row blocks.
 
     Raises:
-        UnsupportedError: both options are set, or one of them cannot be.
+        UnsupportedError: options are set that exclude one another, or one of them cannot be.
     """
     if peak_limit is None:
-        return RowBlocks(count=row_blocks, limit=0) if row_blocks > 1 else None
+        if row_blocks > 1:
+            return RowBlocks(count=row_blocks, limit=0, recompute=recompute)
+        if recompute != "auto":
+            raise UnsupportedError(
+                f"recompute = {recompute!r} has no effect without row blocks: set row_blocks or peak_limit"
+            )
+        return None
     if row_blocks != 1:
         raise UnsupportedError("row_blocks and peak_limit are both set; set one: peak_limit finds row_blocks")
-    return RowBlocks(count=0, limit=parse_bytes(peak_limit))
+    return RowBlocks(count=0, limit=parse_bytes(peak_limit), recompute=recompute)
 
 
 def plan_blocks(
@@ -89,14 +107,17 @@ def plan_blocks(
     Raises:
         UnsupportedError: no number of blocks keeps the limit; names the smallest limit that can be kept.
     """
+    most = max(_rows(sequence, memory) for memory in memories)
+    candidates = _candidates(sequence, memories, wanted, most)
     if wanted.count:
-        return _cut(sequence, memories, wanted.count, landing)
+        return _cut(sequence, candidates[0], memories, wanted.count, landing)
     least = None
-    for count in _counts(max(_rows(sequence, memory) for memory in memories)):
-        found = _cut(sequence, memories, count, landing)
-        if max(found.peaks) <= wanted.limit:
-            return found
-        least = min(max(found.peaks), least or max(found.peaks))
+    for candidate in candidates:
+        for count in _counts(most):
+            found = _cut(sequence, candidate, memories, count, landing)
+            if max(found.peaks) <= wanted.limit:
+                return found
+            least = min(max(found.peaks), least or max(found.peaks))
     work = memories[0].work
     raise UnsupportedError(
         f"strategy 'shard' cannot {work.direction} shape {work.shape} on {len(memories)} ranks within "
@@ -104,12 +125,38 @@ def plan_blocks(
     )
 
 
+def _candidates(
+    sequence: Sequence, memories: tuple[BandMemory, ...], wanted: RowBlocks, most: int
+) -> list[Sequence]:
+    """What the options allow, from the least work to the lowest peak; the first where no limit is given."""
+    if wanted.recompute == "never" or (wanted.recompute == "auto" and wanted.count):
+        return [sequence]
+
+    def floor(stage: Stage) -> int:
+        return max(memory.stage(stage, most) for memory in memories)
+
+    found: list[Sequence] = []
+    lowest: int | None = None
+    for leaner in leaner_sequences(sequence, floor):
+        peak = max(floor(stage) for stage in leaner.stages)
+        # Of several stages that hold most, all must change before the peak falls.
+        if lowest is None or peak < lowest:
+            found, lowest = [*found, leaner], peak
+    return found[-1:] if wanted.recompute == "always" else found
+
+
 def _cut(
-    sequence: Sequence, memories: tuple[BandMemory, ...], count: int, landing: Callable[[int], int]
+    plain: Sequence,
+    sequence: Sequence,
+    memories: tuple[BandMemory, ...],
+    count: int,
+    landing: Callable[[int], int],
 ) -> BlockPlan:
     blocks = stage_blocks(sequence.stages, count)
     peaks = tuple(max(memory.peak(sequence.stages, blocks), landing(memory.rank)) for memory in memories)
-    return BlockPlan(sequence=sequence, count=count, blocks=blocks, peaks=peaks)
+    parts, work = memories[0].parts, memories[0].work
+    extra = sequence_work(sequence, parts, work) / sequence_work(plain, parts, work) - 1
+    return BlockPlan(sequence=sequence, count=count, blocks=blocks, peaks=peaks, extra_work=extra)
 
 
 def _rows(sequence: Sequence, memory: BandMemory) -> int:

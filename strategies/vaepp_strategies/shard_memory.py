@@ -62,10 +62,42 @@ class BandMemory:
             self._statistics(stage, width, blocks) for width in (stage.channels, stage.out_channels)
         )
         first = self._convolution(stage, stage.channels, blocks)
+        if stage.recompute != "nothing":
+            return edges + self._recomputed(stage, blocks, own, out, statistics)
         if stage.kind != "residual":
             return own + edges + max(statistics, out + first)
         second = self._convolution(stage, stage.out_channels, blocks)
         return own + edges + out + max(statistics, first, second)
+
+    def _recomputed(self, stage: Stage, blocks: int, own: int, out: int, statistics: int) -> int:
+        """A residual that computes again what it does not store.
+
+        Args:
+            stage: the residual.
+            blocks: how many blocks it is run in.
+            own: the bytes of its input, were it stored.
+            out: those of its output.
+            statistics: those of taking a block's statistics.
+        """
+        source = stage.source
+        if source is None:
+            stored, wide = own, stage.out_channels
+        else:
+            stored = self._rows(source.scale) * self._row(source.channels, source.scale)
+            stored += self._halo(source.names[0]) + self._given(source)
+            stored += 2 * out if stage.recompute == "kept" else out
+            wide = max(source.channels, source.out_channels)
+        window = stage.window or Window(1, 1, 0, 0)
+        rows = -(-self._rows(stage.out_scale) // blocks)
+        block = rows * self._row(stage.out_channels, stage.out_scale)
+        # Rows around the block, read by the layers on both sides, and those held from the last read.
+        strip = (rows + 3 * window.kernel) * self._row(wide, stage.out_scale)
+        # The strip as it is read and as it is made, and what it is read from, of half its rows and columns.
+        making = 2 * strip + strip // 4 + 2 * block
+        first, second = (
+            self._convolution(stage, channels, blocks) for channels in (stage.channels, stage.out_channels)
+        )
+        return stored + max(making, strip + max(statistics, first, second))
 
     def _rows(self, scale: Scale) -> int:
         return self.parts.core_length(self.rank, scale)

@@ -16,7 +16,7 @@ from vaepp_strategies.layers.inspect import refuse_unknown
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_blocks import sequence_forward
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
-from vaepp_strategies.shard_limit import row_blocks_from
+from vaepp_strategies.shard_limit import Recomputes, row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 
 __all__ = ["ShardStrategy", "input_halo"]
@@ -30,13 +30,16 @@ class ShardStrategy:
     Args:
         row_blocks: how many blocks of rows the largest layer of a band is run in.
         peak_limit: the most live bytes of a rank, as in `"6GiB"`; finds `row_blocks`.
+        recompute: whether activations are computed again instead of stored; see `RowBlocks`.
 
     Raises:
-        UnsupportedError: both are set, or the limit cannot be read.
+        UnsupportedError: the first two are set, or neither of them beside the last; the limit cannot be read.
     """
 
-    def __init__(self, row_blocks: int = 1, peak_limit: str | None = None) -> None:
-        self._row_blocks = row_blocks_from(row_blocks, peak_limit)
+    def __init__(
+        self, row_blocks: int = 1, peak_limit: str | None = None, recompute: Recomputes = "auto"
+    ) -> None:
+        self._row_blocks = row_blocks_from(row_blocks, peak_limit, recompute)
 
     def plan(self, facts: VaeFacts, work: Work) -> ShardPlan:
         """See `Strategy.plan`."""

@@ -13,9 +13,17 @@ from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Window
 from vaepp_strategies.shard_steps import call_window
 
-__all__ = ["Sequence", "Stage", "layer_sequence"]
+__all__ = ["Recompute", "Sequence", "Stage", "layer_sequence"]
 
 StageKind = Literal["convolution", "activated convolution", "residual", "upsample", "downsample", "attention"]
+
+Recompute = Literal["nothing", "hidden", "kept", "input"]
+"""What a residual block computes again instead of storing it.
+
+Nothing; what its first convolution gives, twice in all, its output being written over its input (`hidden`);
+its input, an upsampled picture, twice in all, with what the shortcut makes of it stored (`kept`); or its
+input, three times in all.
+"""
 
 _KINDS: dict[str, StageKind] = {
     "Conv2d": "convolution",
@@ -46,6 +54,9 @@ class Stage:
         groups: groups of a normalisation; 0 without one.
         window: the widest convolution along the rows; None in attention.
         shortcut: whether a residual's input goes through a convolution of its own.
+        alike: whether a residual's two convolutions look equally far.
+        recompute: what a residual does not store.
+        source: the upsampling that makes a residual's input, where that is not stored.
     """
 
     kind: StageKind
@@ -57,6 +68,14 @@ class Stage:
     groups: int = 0
     window: Window | None = None
     shortcut: bool = False
+    alike: bool = False
+    recompute: Recompute = "nothing"
+    source: Stage | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a residual's output can be written over its input."""
+        return self.alike and not self.shortcut
 
 
 @attrs.frozen(kw_only=True)
@@ -145,6 +164,7 @@ def _stage(trace: LayerTrace, run: list[int]) -> Stage:
         groups=next((int(call.setting("num_groups")) for call in calls if call.kind == "GroupNorm"), 0),
         window=_window(kind, calls),
         shortcut=kind == "residual" and len(inner) > len(_RESIDUAL),
+        alike=kind == "residual" and call_window(inner[2]) == call_window(inner[len(_RESIDUAL) - 1]),
     )
 
 

@@ -36,6 +36,11 @@ def blocks(count: int, *sides: int, **case: Any) -> Job:
     return Job(Case((sides[0], sides[1]), **case), {"row_blocks": count})
 
 
+def again(count: int, *sides: int, **case: Any) -> Job:
+    """With all that can be computed again, computed again."""
+    return Job(Case((sides[0], sides[1]), **case), {"row_blocks": count, "recompute": "always"})
+
+
 JOBS = [
     blocks(2, 16, 12),
     blocks(5, 37, 5, dtype=F64),
@@ -51,6 +56,11 @@ JOBS = [
     blocks(9, 61, 99, direction="encode", batch=2),  # no whole number of latents
     blocks(4, 203, 40, direction="encode", vae="flux2"),
     blocks(3, 64, 40, direction="encode", dtype=BF16),
+    again(3, 21, 5, dtype=F64),
+    again(40, 7, 13, batch=2, build=WIDE, dtype=F64, output="rank0"),
+    again(3, 16, 8, build=WIDE, dtype=BF16),
+    again(5, 61, 99, direction="encode", batch=2),
+    again(3, 5, 12, vae="flux2"),
 ]
 
 

@@ -89,14 +89,7 @@ def shard_cost(vae: Any, direction: Direction, pixels: int, ranks: int, rank: in
 def strategy_cost(strategy: Any, vae: Any, direction: Direction, pixels: int, ranks: int, rank: int) -> Cost:
     adapter = KLAdapter(vae)
     value = torch.empty(_shape(direction, pixels), dtype=torch.bfloat16, device="meta")
-    work = Work(
-        direction=direction,
-        shape=tuple(value.shape),
-        itemsize=2,
-        ranks=ranks,
-        world_size=ranks,
-        output="sharded",
-    )
+    work = work_of(direction, pixels, ranks)
     plan = strategy.plan(adapter.facts(), work)
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     run = strategy.decode if direction == "decode" else strategy.encode
@@ -108,6 +101,17 @@ def strategy_cost(strategy: Any, vae: Any, direction: Direction, pixels: int, ra
     found = cost(run_once)
     assert group.traffic.nbytes == plan.bytes_sent(rank)
     return attrs.evolve(found, sent=group.traffic.nbytes)
+
+
+def work_of(direction: Direction, pixels: int, ranks: int) -> Work:
+    return Work(
+        direction=direction,
+        shape=_shape(direction, pixels),
+        itemsize=2,
+        ranks=ranks,
+        world_size=ranks,
+        output="sharded",
+    )
 
 
 def untiled_cost(vae: Any, direction: Direction, pixels: int) -> Cost:

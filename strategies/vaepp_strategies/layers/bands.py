@@ -90,6 +90,10 @@ class Bands(Exchange):
         found: Halo | None = self._halos.get(tensor)
         return found
 
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Drop the rows kept around a tensor: it was written over."""
+        self._halos.pop(tensor, None)
+
     def fetch(self, tensor: torch.Tensor, reach: Reach, what: str) -> Halo:
         """Ask the neighbours for their rows around a tensor, and send them ours; does not wait.
 

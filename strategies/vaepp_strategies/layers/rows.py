@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 import torch
 
-__all__ = ["RowMap", "Rows", "unchanged"]
+__all__ = ["RowMap", "RowSource", "Rows", "read_rows", "row_count", "unchanged"]
 
 RowMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+class RowSource(Protocol):
+    """A band that is not stored; its rows are computed when they are read."""
+
+    @property
+    def length(self) -> int:
+        """How many rows it has."""
+        ...
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """The rows from `first` up to, not including, `last`; not to be written to."""
+        ...
+
+
+def row_count(band: torch.Tensor | RowSource, axis: int) -> int:
+    """How many rows a band has."""
+    return band.shape[axis] if isinstance(band, torch.Tensor) else band.length
+
+
+def read_rows(band: torch.Tensor | RowSource, axis: int, first: int, last: int) -> torch.Tensor:
+    """Some of a band's rows; not to be written to."""
+    if isinstance(band, torch.Tensor):
+        return band.narrow(axis, first, last - first)
+    return band.read(first, last)
 
 
 def unchanged(rows: torch.Tensor) -> torch.Tensor:
@@ -25,7 +51,7 @@ class Rows:
     are zero, as a convolution pads them.
 
     Attributes:
-        band: what this rank holds.
+        band: what this rank holds, or makes again whenever it is read.
         axis: the axis of the rows: -2, or -1 where columns are split.
         above: the neighbour's rows above the band; None at the picture's edge.
         below: those below it.
@@ -33,7 +59,7 @@ class Rows:
         factor: rows that `layer` makes of one.
     """
 
-    band: torch.Tensor
+    band: torch.Tensor | RowSource
     axis: int
     above: torch.Tensor | None = None
     below: torch.Tensor | None = None
@@ -45,7 +71,7 @@ class Rows:
     def read(self, first: int, last: int) -> torch.Tensor:
         """The input's rows from `first` up to, not including, `last`; at least one lies in the picture."""
         start, end = max(first, -_length(self.above, self.axis) * self.factor), last
-        end = min(last, (self.band.shape[self.axis] + _length(self.below, self.axis)) * self.factor)
+        end = min(last, (row_count(self.band, self.axis) + _length(self.below, self.axis)) * self.factor)
         origin = start // self.factor
         rows = self.layer(self._raw(origin, -(-end // self.factor)))
         rows = rows.narrow(self.axis, start - origin * self.factor, end - start)
@@ -65,7 +91,7 @@ class Rows:
 
     def _raw(self, first: int, last: int) -> torch.Tensor:
         """Rows as the band and its neighbours have them."""
-        length = self.band.shape[self.axis]
+        length = row_count(self.band, self.axis)
         pieces = []
         kept, begin = _length(self._kept, self.axis), self._kept_end
         if self._kept is not None and first < begin:
@@ -77,7 +103,7 @@ class Rows:
             )
         inside = max(first, 0), min(last, length)
         if inside[0] < inside[1]:
-            pieces.append(self.band.narrow(self.axis, inside[0], inside[1] - inside[0]))
+            pieces.append(read_rows(self.band, self.axis, *inside))
         if self.below is not None and last > length:
             start = max(first, length)
             pieces.append(self.below.narrow(self.axis, start - length, last - start))
