@@ -37,7 +37,8 @@ __all__ = ["Job", "measure"]
 class Job:
     """One launch; `tile` is the VAE's tile in pixels.
 
-    `what` is `untiled`, `tiled` or a strategy, and behind a colon its `deterministic`: `shard:reference`.
+    `what` is `untiled`, `tiled` or a strategy, and behind a colon its options: `shard:row_blocks=16`. One
+    without a name is its `deterministic`: `shard:reference`.
     """
 
     what: str
@@ -78,8 +79,8 @@ def measure(rank: int, job: Job) -> dict[str, Any]:
 
 def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, Any]:
     adapter = KLAdapter(vae)
-    name, _, mode = job.what.partition(":")
-    options = {"deterministic": mode} if mode else {}
+    name, _, settings = job.what.partition(":")
+    options = _options(settings)
     strategy: Any = load_object(default_registry().strategy(name).factory, name)(**options)
     group = VaeGroup.over(None, job.ranks, timedelta(hours=1))
     work = Work(
@@ -97,7 +98,7 @@ def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, A
         group.traffic.reset()
         run(adapter, value, group, plan)
 
-    if mode:  # the first run checks kernels besides
+    if "deterministic" in options:  # the first run checks kernels besides
         run_once()
     found = _counted(run_once)
     kinds: Counter[str] = Counter()
@@ -111,6 +112,15 @@ def _strategy(rank: int, job: Job, vae: Any, value: torch.Tensor) -> dict[str, A
         "kinds": dict(kinds),
         "rounds": rounds,
     }
+
+
+def _options(settings: str) -> dict[str, Any]:
+    """Options as they stand behind the colon, separated by commas."""
+    found: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        name, _, value = setting.rpartition("=")
+        found[name or "deterministic"] = int(value) if value.isdecimal() else value
+    return found
 
 
 @torch.no_grad()
@@ -161,7 +171,12 @@ def main() -> None:
     parser.add_argument("--directions", nargs="+", default=["decode", "encode"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tile", type=int, default=256, help="the VAE's tile, in pixels")
-    parser.add_argument("--strategies", nargs="+", default=["shard", "tile"])
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["shard", "tile"],
+        help="as in shard:row_blocks=16,recompute=always",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
