@@ -6,11 +6,12 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vaepp
 TINY := $(CACHE)/tiny-z-image
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench clean
+.PHONY: help install demo test lint format docs bench faults clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -47,6 +48,9 @@ docs: install ## check the documentation: links, snippets, every hook and settin
 
 bench: install ## time, bytes and memory of each strategy against one rank, on this CPU
 	@$(BIN)/python -m benchmarks.run
+
+faults: install ## inject every fault into every stage of real runs; prints what was named and what was left
+	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.faults $(FAULTS_ARGS)
 
 clean: ## remove caches and build leftovers; keeps .venv
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
