@@ -2,8 +2,8 @@
 
 Each row is one `vaepp-run` of a small Z-Image checkpoint, into one rank of which a plugin injects a fault, or
 whose launcher gets a signal while a rank hangs. Exits with 1 where a row misses a goal: the right rank and
-stage named, a crash within 2 s and a hang within its limit and 3 s, at most 25 lines on stderr, no process left
-2 s later, what was saved before untouched.
+stage named, a crash within 2 s and a hang within its limit and 3 s, at most 25 lines on stderr, no process
+left 2 s later, what was saved before untouched.
 """
 
 from __future__ import annotations
