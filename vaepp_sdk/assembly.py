@@ -13,6 +13,7 @@ import transformers
 
 import vaepp_sdk
 from vaepp_sdk.dit.loading import load_sharded
+from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.spread import spread, stage_of
 from vaepp_sdk.entries import load_object
@@ -87,7 +88,10 @@ def _given_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -
     """The components that diffusers is not to load itself."""
     if resolved.decode_only:
         return _without_weights(resolved)
-    return _sharded_components(resolved, group, dtype)
+    given = _sharded_components(resolved, group, dtype)
+    if resolved.entry is not None and not PromptShare.over(group).encodes:
+        given |= dict.fromkeys(resolved.entry.text_encoders)
+    return given
 
 
 def _without_weights(resolved: Resolved) -> dict[str, Any]:

@@ -232,6 +232,8 @@ class PipelineEntry:
             argument and returns a `vaepp_sdk.stages.PipelineStages`.
         pick: the rule behind `strategy = "auto"`; None takes the VAE entry's.
         dit: the DiT plan; None where the DiT runs on one rank only.
+        text_encoders: components that only the stage `encode_prompt` uses. Where there are any, one rank of
+            each replica holds them and encodes for the others, whose pipelines have None in their place.
     """
 
     name: str
@@ -241,6 +243,7 @@ class PipelineEntry:
     stages: str | Callable[..., Any]
     pick: PickRule | None = None
     dit: DiTPlan | None = None
+    text_encoders: tuple[str, ...] = ()
 
 
 def load_object(reference: str | Callable[..., Any], owner: str) -> Callable[..., Any]:

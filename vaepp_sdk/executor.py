@@ -15,6 +15,7 @@ from PIL.Image import Image
 from vaepp_sdk.assembly import build_pipeline, quiet_libraries, software
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
+from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
@@ -98,6 +99,7 @@ class Executor:
         folder = Path(output.dir) if output else resolved.spec.base / OutputSpec().dir
         self._folder = PictureFolder(folder, output.overwrite if output else False)
         self._keeper = Keeper(store, resolved, group, timeout, observer) if store else None
+        self._prompts = PromptShare.over(group)
         self._replicas = Replicas(Row.over(group.axis("data")), group.device)
         self._pipe: Any = None
         self._decoder: Decoder | None = None
@@ -157,12 +159,12 @@ class Executor:
 
     def _staged(self, request: Request) -> list[_Picture]:
         """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
-        stages, pipe, runner = self._stages, self._pipe, self._runner
+        stages, runner = self._stages, self._runner
         assert stages is not None
         own = self._replicas.own(request.images)
         call = self._replicas.call(request.call, own)
         call |= runner.run(
-            "encode_prompt", request.number, lambda: stages.encode_prompt(pipe, call) if own else {}
+            "encode_prompt", request.number, lambda: self._encoded(stages, call) if own else {}
         )
         latents = runner.run("denoise", request.number, lambda: self._denoise(stages, call, own, request))
 
@@ -171,6 +173,13 @@ class Executor:
             return self._decode(stages, everyone, call)
 
         return runner.run("decode", request.number, decode)
+
+    def _encoded(self, stages: PipelineStages, call: dict[str, Any]) -> dict[str, Any]:
+        """The encoded prompts; where the entry names text encoders, one rank of the replica encodes."""
+        entry = self._resolved.entry
+        if entry is None or not entry.text_encoders:
+            return stages.encode_prompt(self._pipe, call)
+        return self._prompts.share(lambda: stages.encode_prompt(self._pipe, call))
 
     def _denoise(
         self, stages: PipelineStages, call: dict[str, Any], own: range, request: Request

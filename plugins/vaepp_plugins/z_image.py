@@ -66,6 +66,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             vae="AutoencoderKL",
             strategies=("tile", "patch", "shard"),
             stages="vaepp_plugins.z_image_stages:ZImageStages",
+            text_encoders=("text_encoder",),
             dit=DiTPlan(
                 component="transformer",
                 tensor=_TENSOR,
