@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cli.commands import DRIVER, environment, light, run_folders, write_spec
-from runtime.processes import wait_until_gone
+from runtime.processes import runs, wait_until_gone
 
 
 @pytest.fixture
@@ -152,14 +152,20 @@ def children_when_ready(parent: int, count: int) -> list[int]:
     raise AssertionError(f"{parent} has not started {count} ranks")
 
 
-def torchrun(spec: str, size: int, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun_command(size: int) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    return [*launcher, "--standalone", DRIVER]
+
+
+def torchrun(
+    spec: str, size: int, tmp_path: Path, *arguments: str, **extra: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, "--standalone", DRIVER, spec, *arguments],
+        [*torchrun_command(size), spec, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment(tmp_path, PYTHONWARNINGS="ignore"),
+        env=environment(tmp_path, PYTHONWARNINGS="ignore", **extra),
         check=False,
     )
 
@@ -178,6 +184,35 @@ def test_under_torchrun_another_size_is_refused(spec: str, tmp_path: Path) -> No
     assert done.returncode != 0
     assert "its sizes make 1 ranks and the launcher started 2 (WORLD_SIZE)" in done.stderr
     assert "exitcode  : 2" in done.stderr
+    assert done.stderr.count("vaepp-run: ") == 1, "two ranks, one voice"
+
+
+def test_under_torchrun_the_others_name_a_rank_that_is_stuck(spec: str, tmp_path: Path) -> None:
+    fault = json.dumps({"kind": "sleep", "rank": 1, "stage": "decode"})
+    done = torchrun(spec, 2, tmp_path, "--set", "limits.exchange=4", "--quiet", VAEPP_TEST_FAULT=fault)
+    assert done.returncode != 0
+    assert (
+        "vaepp-run: rank 0 waited for rank 1 (stage decode): a rank or a node is gone or stuck" in done.stderr
+    )
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Path) -> None:
+    fault = json.dumps({"kind": "hold", "rank": 1, "stage": "denoise"})
+    launcher = subprocess.Popen(
+        [*torchrun_command(2), spec, "--quiet"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(tmp_path, VAEPP_TEST_FAULT=fault),
+    )
+    ranks = children_when_ready(launcher.pid, 2)
+    assert all(runs(pid) for pid in ranks)
+    time.sleep(8)  # rank 1 is in C, rank 0 waits for it
+    launcher.kill()
+    launcher.wait()
+    limit = time.monotonic() + 5
+    while left := [pid for pid in ranks if runs(pid)]:
+        assert time.monotonic() < limit, left
+        time.sleep(0.02)
 
 
 def test_half_a_launcher_is_refused(spec: str, tmp_path: Path) -> None:

@@ -21,6 +21,14 @@ def alive(session: int) -> list[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there and not only waiting to be reaped."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def wait_until_gone(sessions: Iterable[int], seconds: float) -> list[int]:
     """Processes of these sessions that are left after so many seconds."""
     limit = time.monotonic() + seconds

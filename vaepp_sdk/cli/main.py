@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ from types import FrameType
 from typing import TextIO
 
 import vaepp_sdk
-from vaepp_sdk.cli.printing import complain
+from vaepp_sdk.cli.printing import complain, first_to_say
 from vaepp_sdk.errors import VaeppError, VaeppWarning
+from vaepp_sdk.runtime.inplace import end_with_launcher
 
 __all__ = ["entry_point", "main"]
+
+_LINGER = 2.0
 
 
 class _SignalledError(BaseException):
@@ -33,6 +37,10 @@ class _SignalledError(BaseException):
 
 def entry_point() -> None:
     """The console script."""
+    if "RANK" in os.environ:
+        end_with_launcher()
+        # Where a rank is gone, torch's store prints a C++ stack for each try to reach it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = main(sys.argv[1:])
     if "RANK" in os.environ and code:
         # Under a launcher the other ranks may be gone: finalizers could wait for them.
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
             code: int = _command(options)
             sys.stdout.flush()
         except VaeppError as error:
-            complain(str(error), *getattr(error, "__notes__", ()))
+            _tell(str(error), *getattr(error, "__notes__", ()))
             return error.exit_code
         except BrokenPipeError:
             # Whoever read our output has gone; what is left in the buffer must not fail once more at exit.
@@ -59,8 +67,20 @@ def main(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except _SignalledError as error:
+            if "RANK" in os.environ and first_to_say(str(error)):
+                complain(f"ended by {error}, as launchers do when another rank or node has failed")
             return 128 + error.number
     return code
+
+
+def _tell(message: str, *notes: str) -> None:
+    """Complain once for all ranks of this machine that have the same to say."""
+    if not first_to_say(message):
+        return
+    complain(message, *notes)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        # The launcher ends the other ranks when this one exits; they are to find it said.
+        time.sleep(_LINGER)
 
 
 def _parser() -> argparse.ArgumentParser:

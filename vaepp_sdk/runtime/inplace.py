@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -9,9 +11,20 @@ import attrs
 
 from vaepp_sdk.errors import Fault, SpecError, UserError
 
-__all__ = ["Launch", "check_size", "find_launch"]
+__all__ = ["Launch", "check_size", "end_with_launcher", "find_launch"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this process when the launcher is gone: a killed launcher leaves its ranks alive.
+
+    Linux only; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 @attrs.frozen(kw_only=True)

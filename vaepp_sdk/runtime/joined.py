@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import AgreementError, RankError, RunError, UserError
+from vaepp_sdk.errors import AgreementError, PeerError, RankError, RunError, UserError
 from vaepp_sdk.events import LatentsKept, StageStart
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
@@ -129,13 +130,24 @@ class JoinedRank:
     def _failure(self, name: str, error: Exception) -> Exception:
         """What to raise for an error on this rank: its own, or the one of another rank that caused it."""
         mine = ErrorRecord.of(error, self._launch.rank, self._stage)
-        # The store may be gone with the rank that held it.
+        found: dict[int, Any] = {self._launch.rank: {}}
+        # The store may be gone with the rank or the node that held it.
         with contextlib.suppress(RuntimeError):
             self._board.post(name, {"record": mine.to_dict()})
-            others = _records(self._board.read(name, _GRACE[mine.kind]))
-            if mine.kind == "peer" and others[0].kind != "peer":
-                return _error_of(others[0])
+            found = self._board.read(name, _GRACE[mine.kind])
+            first = _records(found)[0]
+            if mine.kind == "peer" and first.kind != "peer":
+                return _error_of(first)
+        if mine.kind == "peer":
+            return self._lost(mine, found)
         return error if isinstance(error, UserError) else _error_of(mine)
+
+    def _lost(self, mine: ErrorRecord, found: Mapping[int, Any]) -> PeerError:
+        """Other ranks broke a wait and none says why: those that say nothing at all are gone."""
+        silent = [rank for rank in range(self._launch.world_size) if rank not in found]
+        peers = silent or [rank for rank in range(self._launch.world_size) if rank != mine.rank]
+        cause = f"a rank or a node is gone or stuck, which its launcher may explain ({_plain(mine)})"
+        return PeerError(mine.rank, peers, f"stage {mine.stage}", cause)
 
     @contextlib.contextmanager
     def _limit(self, phase: str) -> Iterator[None]:
@@ -159,6 +171,11 @@ class JoinedRank:
 def _load(work: RankWork) -> Answer:
     work.load()
     return Answer()
+
+
+def _plain(record: ErrorRecord) -> str:
+    """A backend's words without the place in its sources and its advice."""
+    return re.sub(r"^\w+: (\[[^]]*\] *)?", "", record.cause).partition(". ")[0]
 
 
 def _records(found: Mapping[int, Any]) -> list[ErrorRecord]:
