@@ -24,11 +24,12 @@ from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.pool import WorkerPool
 from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.spec.prompts import Upcoming
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Pipeline", "Result"]
+__all__ = ["Pipeline", "Result", "prepare"]
 
 _TARGET = "vaepp_sdk.runtime.pipeline_work:PipelineWork"
 
@@ -105,6 +106,7 @@ class Pipeline:
         overrides: Sequence[str] = (),
         *,
         on_event: Callable[[Event], None] = _unheard,
+        upcoming: Upcoming | None = None,
     ) -> Pipeline:
         """Check a spec, start its ranks or join a launcher's, and load the model.
 
@@ -112,12 +114,13 @@ class Pipeline:
             source: a TOML file, the same tables as a mapping, or a spec.
             overrides: `table.key=value` each, as `vaepp-run --set` takes them.
             on_event: told of rank 0's stages and steps while a call waits.
+            upcoming: calls that are to come; what is wrong with any of them is told before a rank starts.
 
         Raises:
             UserError: what was asked for cannot be done; nothing was started, or all of it has ended.
             RankError: a rank failed.
         """
-        return cls._start(_resolved(PipelineSpec.load(source, overrides)), on_event)
+        return cls._start(prepare(PipelineSpec.load(source, overrides), upcoming=upcoming), on_event)
 
     @classmethod
     def resume(
@@ -144,7 +147,7 @@ class Pipeline:
         kept = KeptRun.read(folder)
         spec = PipelineSpec.load(resumed_tables(kept, overrides), overrides)
         spec = attrs.evolve(spec, source=str(kept.folder))
-        resolved = _resolved(spec, decode_only=True)
+        resolved = prepare(spec, decode_only=True)
         request = resumed_request(kept, resolved)
         with cls._start(resolved, on_event) as pipe:
             pipe._ear.folder = kept.folder
@@ -172,7 +175,7 @@ class Pipeline:
         """Make pictures.
 
         Args:
-            call: arguments that replace those of `[call]`, `seed` included.
+            call: arguments that replace those of `[call]`, or of the first `[[call]]`, `seed` included.
 
         Raises:
             SpecError: an argument cannot be; the pipeline goes on.
@@ -225,9 +228,18 @@ class Pipeline:
         )
 
 
-def _resolved(spec: PipelineSpec, *, decode_only: bool = False) -> Resolved:
-    """What a spec comes to, once the launcher's ranks, if there are any, are as many as it asks for."""
+def prepare(spec: PipelineSpec, *, decode_only: bool = False, upcoming: Upcoming | None = None) -> Resolved:
+    """What a spec comes to, once the launcher's ranks, if there are any, are as many as it asks for.
+
+    Args:
+        spec: what to run.
+        decode_only: whether latents are there already.
+        upcoming: calls that are to come.
+
+    Raises:
+        UserError: as `resolve`, or the number of ranks is another.
+    """
     launch = find_launch(os.environ)
     if launch is not None:
         check_size(launch, spec.parallel.dims.dit_parallel_size, spec.source)
-    return resolve(spec, default_registry(), decode_only=decode_only)
+    return resolve(spec, default_registry(), decode_only=decode_only, upcoming=upcoming)

@@ -8,12 +8,10 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.errors import Fault, SpecError
+from vaepp_sdk.call_rules import request_faults
+from vaepp_sdk.errors import SpecError
 from vaepp_sdk.resolve import Resolved
-from vaepp_sdk.signature import signature_faults
-from vaepp_sdk.spec.calls import MAX_IMAGES, call_faults
-from vaepp_sdk.spec.values import MAX_INTEGER
-from vaepp_sdk.text import shown
+from vaepp_sdk.spec.calls import copied
 
 __all__ = ["Request", "make_request"]
 
@@ -72,51 +70,8 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
         SpecError: with every fault of the arguments.
     """
     call = {**resolved.spec.call, **overrides}
-    faults = call_faults(call)
-    if resolved.signature is not None:
-        seen = {fault.path for fault in faults}
-        found = signature_faults(resolved.signature, call)
-        faults += [fault for fault in found if fault.path not in seen]
-    if not faults:
-        faults = _request_faults(call, resolved)
+    faults = request_faults(call, resolved.signature, resolved.pipeline_class)
     if faults:
         raise SpecError(faults, f"request {number}")
     seed = call.pop("seed", None)
-    request = Request(number, _copied(call), secrets.randbelow(_DRAWN_SEEDS) if seed is None else seed, save)
-    faults = _size_faults(request)
-    if faults:
-        raise SpecError(faults, f"request {number}")
-    return request
-
-
-def _request_faults(call: Mapping[str, Any], resolved: Resolved) -> list[Fault]:
-    """What a request needs beyond arguments that are each fine."""
-    prompt, negative = call.get("prompt"), call.get("negative_prompt")
-    if prompt is None:
-        return [Fault("$.call.prompt", "it is missing", "write a string, or a list of strings")]
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    faults = []
-    if isinstance(negative, list) and len(negative) != count:
-        fix = f"write one string for all, or a list of {count}, one per prompt"
-        faults.append(Fault("$.call.negative_prompt", f"found {shown(negative)}", fix))
-    parameters = resolved.signature.parameters if resolved.signature is not None else {}
-    for name, parameter in parameters.items():
-        if parameter.required and call.get(name) is None:
-            faults.append(Fault(f"$.call.{name}", "it is missing", f"{resolved.pipeline_class} needs it"))
-    return faults
-
-
-def _size_faults(request: Request) -> list[Fault]:
-    faults = []
-    if request.images > MAX_IMAGES:
-        found = f"prompts and pictures of each make {request.images} pictures"
-        faults.append(Fault("$.call.num_images_per_prompt", found, f"at most {MAX_IMAGES} work"))
-    if request.seed + request.images - 1 > MAX_INTEGER:
-        fix = f"it must be at most {MAX_INTEGER - request.images + 1} for {request.images} pictures"
-        faults.append(Fault("$.call.seed", f"found {request.seed}", fix))
-    return faults
-
-
-def _copied(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose lists are its own: some pipelines write into the lists they are given."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in call.items()}
+    return Request(number, copied(call), secrets.randbelow(_DRAWN_SEEDS) if seed is None else seed, save)

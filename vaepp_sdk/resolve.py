@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from vaepp_sdk.call_rules import request_faults
 from vaepp_sdk.dit_rules import dit_faults
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
@@ -17,9 +18,13 @@ from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
 from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
 
 __all__ = ["Resolved", "resolve"]
+
+_MAX_TOLD = 50
+"""Faults told of requests to come: a file may hold thousands, all wrong for one reason."""
 
 
 @attrs.frozen(kw_only=True)
@@ -81,7 +86,9 @@ class Resolved:
         )
 
 
-def resolve(spec: PipelineSpec, registry: Registry, *, decode_only: bool = False) -> Resolved:
+def resolve(
+    spec: PipelineSpec, registry: Registry, *, decode_only: bool = False, upcoming: Upcoming | None = None
+) -> Resolved:
     """Decide what will run.
 
     From the hub the small files come first, so that a fault is told before any weights are fetched.
@@ -90,6 +97,7 @@ def resolve(spec: PipelineSpec, registry: Registry, *, decode_only: bool = False
         spec: a loaded spec; it is checked once more, so that one built by hand is as safe.
         registry: the plugins.
         decode_only: latents are there already: the sizes need not fit a transformer that is not loaded.
+        upcoming: requests to come; they are checked too, as wholes.
 
     Raises:
         SpecError: with every fault of the spec against its model and the plugins.
@@ -105,7 +113,11 @@ def resolve(spec: PipelineSpec, registry: Registry, *, decode_only: bool = False
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
         faults += vae_faults(spec.vae, size, entry, registry)
         if signature is not None:
-            faults += signature_faults(signature, spec.call)
+            faults += _call_faults(spec, signature)
+        if upcoming is not None:
+            known = {fault.path for fault in faults}
+            found = _upcoming_faults(upcoming, spec, signature, folder.pipeline_class)
+            faults += [fault for fault in found if fault.path not in known]
         if faults:
             raise SpecError(faults)
         model_path = fetch_weights(spec.model, folder)
@@ -129,6 +141,30 @@ def resolve(spec: PipelineSpec, registry: Registry, *, decode_only: bool = False
         signature=signature,
         decode_only=decode_only,
     )
+
+
+def _call_faults(spec: PipelineSpec, signature: CallSignature) -> list[Fault]:
+    """The faults of what the spec writes, each told where it stands."""
+    if not spec.more_calls:
+        return signature_faults(signature, spec.call)
+    written = (spec.call, *spec.more_calls)
+    return [
+        fault
+        for index, call in enumerate(written)
+        for fault in signature_faults(signature, call, f"$.call[{index}]")
+    ]
+
+
+def _upcoming_faults(
+    upcoming: Upcoming, spec: PipelineSpec, signature: CallSignature | None, pipeline: str
+) -> list[Fault]:
+    faults = list(upcoming.faults)
+    for call in upcoming.calls:
+        faults += request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path)
+    if len(faults) <= _MAX_TOLD:
+        return faults
+    more = f"there are {len(faults) - _MAX_TOLD} more faults in the requests"
+    return [*faults[:_MAX_TOLD], Fault("$.call", more, "correct these first")]
 
 
 def _signature(pipeline_class: str, entry: PipelineEntry | None) -> CallSignature | None:

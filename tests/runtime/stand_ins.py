@@ -98,7 +98,10 @@ class Joined(Light):
 
 
 class Painter(Joined):
-    """What a pipeline's work looks like from outside; faults come through the environment."""
+    """What a pipeline's work looks like from outside; faults come through the environment.
+
+    A fault may name the `request` it strikes in.
+    """
 
     def __init__(self, seat: Seat) -> None:
         super().__init__(seat)
@@ -108,7 +111,8 @@ class Painter(Joined):
         self._fault({"fault": self.fault}, "load")
 
     def run(self, request: Mapping[str, Any]) -> Answer:
-        answer = super().run({**request, "fault": self.fault})
+        strikes = self.fault.get("request") in (None, request["number"])
+        answer = super().run({**request, "fault": self.fault if strikes else None})
         stages = [
             {
                 "rank": self.seat.rank,

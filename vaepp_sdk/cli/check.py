@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Sequence
 
 from vaepp_sdk.cli.printing import safe
+from vaepp_sdk.cli.requests import requests_of
 from vaepp_sdk.errors import VaeppWarning
+from vaepp_sdk.pipeline import prepare
 from vaepp_sdk.registry import default_registry
-from vaepp_sdk.request import make_request
-from vaepp_sdk.resolve import Resolved, resolve
-from vaepp_sdk.runtime.inplace import check_size, find_launch
+from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.spec import PipelineSpec
 from vaepp_sdk.vae_rules import serves_one_rank
 
 __all__ = ["check"]
 
 
-def check(source: str, overrides: Sequence[str], *, as_json: bool) -> int:
+def check(source: str, overrides: Sequence[str], prompts: str | None, *, as_json: bool) -> int:
     """Check a spec as a run would, and print what was decided.
+
+    Args:
+        source: the TOML file.
+        overrides: `table.key=value` each.
+        prompts: a file of requests, or None.
+        as_json: print all of it as one JSON object.
 
     Raises:
         UserError: what a run would refuse before its ranks start.
     """
     spec = PipelineSpec.load(source, overrides)
-    launch = find_launch(os.environ)
-    if launch is not None:
-        check_size(launch, spec.parallel.dims.dit_parallel_size, spec.source)
-    resolved = resolve(spec, default_registry())
-    make_request(resolved, {}, 0, save=True)
+    upcoming = requests_of(spec, prompts)
+    resolved = prepare(spec, upcoming=upcoming)
     if as_json:
         print(json.dumps(resolved.to_dict(), indent=2))
         return 0
     for notice in resolved.notices:
         warnings.warn(notice, VaeppWarning, stacklevel=2)
-    for name, value in _decisions(resolved):
+    count = [("requests", str(len(upcoming.calls)))] if len(upcoming.calls) > 1 else []
+    for name, value in [*_decisions(resolved), *count]:
         print(safe(f"{name:<10}{value}"))
     return 0
 

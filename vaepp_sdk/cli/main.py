@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         help='override one key of the spec, as in parallel.tensor_parallel_size=2 or call.prompt="a cat"',
     )
     parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='serve one request for each line of this file, a JSON object such as {"prompt": "a cat", '
+        '"seed": 7} whose values replace those of [call]',
+    )
+    parser.add_argument(
         "--resume",
         metavar="FOLDER",
         help="decode the latents that a run has kept, as in out/run-7, and denoise nothing; --set may change "
@@ -131,15 +137,16 @@ def _command(options: argparse.Namespace) -> int:
     if options.check:
         from vaepp_sdk.cli.check import check
 
-        return check(options.spec, options.set, as_json=options.json)
+        return check(options.spec, options.set, options.prompts, as_json=options.json)
     from vaepp_sdk.cli.run import run
 
-    return run(options.spec, options.set, as_json=options.json, quiet=options.quiet)
+    return run(options.spec, options.set, options.prompts, as_json=options.json, quiet=options.quiet)
 
 
 def _resume(options: argparse.Namespace) -> int:
-    if options.spec is not None or options.check:
-        other = "--check" if options.spec is None else "a spec"
+    others = {"a spec": options.spec, "--check": options.check, "--prompts": options.prompts}
+    other = next((name for name, value in others.items() if value), None)
+    if other is not None:
         complain(f"--resume does not go together with {other}: the run's folder holds the spec")
         return 2
     from vaepp_sdk.cli.run import resume

@@ -9,6 +9,7 @@ import attrs
 
 from vaepp_sdk.cli.printing import safe, speaks, stage_rows, table
 from vaepp_sdk.cli.progress import Bars
+from vaepp_sdk.cli.requests import requests_of, serve
 from vaepp_sdk.kept import KeptRun
 from vaepp_sdk.pipeline import Pipeline, Result
 from vaepp_sdk.spec import PipelineSpec
@@ -18,22 +19,27 @@ __all__ = ["resume", "run"]
 _MIB = 2**20
 
 
-def run(source: str, overrides: Sequence[str], *, as_json: bool, quiet: bool) -> int:
-    """Run one spec from start to saved pictures.
+def run(source: str, overrides: Sequence[str], prompts: str | None, *, as_json: bool, quiet: bool) -> int:
+    """Run one spec from start to saved pictures: one request, or many one after the other.
 
     Args:
         source: the TOML file.
         overrides: `table.key=value` each.
+        prompts: a file of requests, or None for those of the spec.
         as_json: print one JSON object instead of the table.
         quiet: draw no progress and print only the files.
 
     Raises:
         VaeppError: see `Pipeline`.
     """
+    spec = _saving(source, overrides)
+    upcoming = requests_of(spec, prompts)
     with (
         Bars(quiet) as bars,
-        Pipeline.from_spec(_saving(source, overrides), on_event=bars.on_event) as pipeline,
+        Pipeline.from_spec(spec, on_event=bars.on_event, upcoming=upcoming) as pipeline,
     ):
+        if prompts is not None or spec.more_calls:
+            return serve(pipeline, upcoming.calls, as_json=as_json, quiet=quiet)
         result = pipeline()
     return _report(result, as_json=as_json, quiet=quiet)
 

@@ -12,10 +12,22 @@ from vaepp_sdk.errors import Fault
 from vaepp_sdk.spec.values import MAX_INTEGER, About, ValueType, text_problem
 from vaepp_sdk.text import key_path, shown
 
-__all__ = ["COMMON", "MAX_IMAGES", "CommonKey", "call_faults"]
+__all__ = [
+    "COMMON",
+    "MAX_CALLS",
+    "MAX_IMAGES",
+    "CommonKey",
+    "call_faults",
+    "copied",
+    "name_faults",
+    "split_calls",
+]
 
 MAX_IMAGES = 1024
 """The most images of one request, and the most prompts."""
+
+MAX_CALLS = 10_000
+"""The most requests of one spec, and of one file of prompts."""
 
 _MAX_DEPTH = 4
 
@@ -68,6 +80,59 @@ def call_faults(call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
             continue
         faults += _value_faults(where, value, 1)
     return faults + _prompt_faults(call.get("prompt"), path)
+
+
+def split_calls(
+    tables: Mapping[str, Any],
+) -> tuple[dict[str, Any], tuple[Mapping[str, Any], ...], list[Fault]]:
+    """Take `[[call]]` entries apart.
+
+    Args:
+        tables: a whole spec, whose `call` is one table or a list of them.
+
+    Returns:
+        The tables with the first entry as `call`, the entries after it, and the faults of all entries.
+    """
+    entries = tables.get("call")
+    if not isinstance(entries, list):
+        return dict(tables), (), []
+    faults = _entry_faults(entries)
+    if faults:
+        return {**tables, "call": {}}, (), faults
+    first, *more = (copied(entry) for entry in entries)
+    return {**tables, "call": first}, tuple(more), []
+
+
+def _entry_faults(entries: list[Any]) -> list[Fault]:
+    if not 1 <= len(entries) <= MAX_CALLS:
+        return [Fault("$.call", f"found {shown(entries)}", f"1 to {MAX_CALLS} entries work")]
+    faults = []
+    for index, entry in enumerate(entries):
+        path = f"$.call[{index}]"
+        if isinstance(entry, Mapping):
+            faults += [*call_faults(entry, path), *name_faults(entry, path)]
+        else:
+            faults.append(Fault(path, f"found {shown(entry)}", "it must be a table, written under [[call]]"))
+    return faults
+
+
+def name_faults(table: Mapping[Any, Any], path: str) -> list[Fault]:
+    """The faults of keys that cannot be the name of an argument or an option."""
+    fix = "write a shorter name"
+    return [
+        Fault(key_path(path, key), "found a key that cannot be a name", fix)
+        for key in table
+        if not isinstance(key, str) or len(key) > 100
+    ]
+
+
+def copied(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy whose lists are its own: some pipelines write into the lists they are given."""
+    return {key: _copied_value(value) for key, value in table.items()}
+
+
+def _copied_value(value: Any) -> Any:
+    return [_copied_value(item) for item in value] if isinstance(value, list) else value
 
 
 def _prompt_faults(prompt: Any, path: str) -> list[Fault]:

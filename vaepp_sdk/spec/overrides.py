@@ -23,7 +23,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> tuple[d
 
     Args:
         raw: the tables; not changed.
-        overrides: as in `parallel.tensor_parallel_size=2`; a later one wins.
+        overrides: as in `parallel.tensor_parallel_size=2`; a later one wins. One of `call` holds for every
+            `[[call]]` entry.
 
     Returns:
         The tables, and the faults of overrides that are not of this form.
@@ -43,6 +44,13 @@ def _apply(tables: dict[str, Any], text: str) -> Fault | None:
     if not equals or not _KEY.fullmatch(key) or len(value) > MAX_BYTES:
         return _malformed(text)
     *parents, last = key.split(".")
+    entries = tables.get(parents[0])
+    if parents == ["call"] and isinstance(entries, list):
+        # Entries after the first may have said otherwise.
+        tables["call"] = [
+            {**entry, last: _value(value)} if isinstance(entry, Mapping) else entry for entry in entries
+        ]
+        return None
     table = tables
     for name in parents:
         inner = table.get(name, {})

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.errors import Fault, SpecError
+from vaepp_sdk.spec.calls import split_calls
 from vaepp_sdk.spec.classes import MAX_RANKS, LimitsSpec, ModelSpec, OutputSpec, ParallelSpec, VaeSpec
 from vaepp_sdk.spec.overrides import apply_overrides
 from vaepp_sdk.spec.places import model_place, output_place
@@ -25,6 +26,7 @@ class PipelineSpec:
     """What to run and how to spread it.
 
     Attributes:
+        more_calls: the `[[call]]` entries after the first, which is `call`, as they were written.
         source: where it came from, for messages.
         base: the folder that relative paths were relative to.
     """
@@ -33,10 +35,15 @@ class PipelineSpec:
     parallel: ParallelSpec = attrs.field(factory=ParallelSpec, metadata=about("How ranks are spread."))
     vae: VaeSpec = attrs.field(factory=VaeSpec, metadata=about("How the VAE works, alone and over ranks."))
     call: Mapping[str, Any] = attrs.field(
-        factory=dict, metadata=about("The pipeline's own keyword arguments, and `seed`.")
+        factory=dict,
+        metadata=about(
+            "The pipeline's own keyword arguments, and `seed`. As `[[call]]`, one request each: what an "
+            "entry leaves out is as in the first."
+        ),
     )
     output: OutputSpec | None = attrs.field(default=None, metadata=about("Where pictures are saved."))
     limits: LimitsSpec = attrs.field(factory=LimitsSpec, metadata=about("The longest waits, in seconds."))
+    more_calls: tuple[Mapping[str, Any], ...] = ()
     source: str = attrs.field(default="the spec", eq=False)
     base: Path = attrs.field(factory=Path.cwd, eq=False)
 
@@ -57,17 +64,28 @@ class PipelineSpec:
         """
         raw, name, base = _open(source)
         tables, faults = apply_overrides(raw, overrides)
+        tables, more_calls, found = split_calls(tables)
+        faults += found
         spec, found = structure(tables, cls)
         faults += found
         places, found = _places(tables, base)
         faults += [*found, *_product_faults(tables)]
         if faults or spec is None:
             raise SpecError(_first_each(faults), name)
-        return attrs.evolve(_placed(spec, places), source=name, base=base)
+        return attrs.evolve(_placed(spec, places), more_calls=more_calls, source=name, base=base)
+
+    @property
+    def calls(self) -> tuple[Mapping[str, Any], ...]:
+        """The arguments of each request the spec asks for: one, or one for each `[[call]]` entry."""
+        return (self.call, *({**self.call, **entry} for entry in self.more_calls))
 
     def to_dict(self) -> dict[str, Any]:
         """The tables as plain data that JSON can hold; loading them gives an equal spec."""
-        tables = attrs.asdict(self, filter=lambda field, _: field.name not in ("source", "base"))
+        tables = attrs.asdict(
+            self, filter=lambda field, _: field.name not in ("more_calls", "source", "base")
+        )
+        if self.more_calls:
+            tables["call"] = [dict(self.call), *map(dict, self.more_calls)]
         if self.output is None:
             del tables["output"]
         return tables
@@ -75,11 +93,13 @@ class PipelineSpec:
     def to_shareable(self) -> dict[str, Any]:
         """What made a picture, for the picture's own metadata: no path of the machine that made it.
 
-        A local model is named by its folder alone; where pictures went and how long waits may last are left
-        out.
+        A local model is named by its folder alone; left out are where pictures went, how long waits may last,
+        and several `[[call]]` entries, of which a picture comes from one.
         """
         tables = self.to_dict()
         tables.pop("output", None)
+        if self.more_calls:
+            del tables["call"]
         del tables["limits"]
         if self.model.folder is not None:
             tables["model"]["id"] = self.model.folder.name

@@ -8,12 +8,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import attrs
 import tomli
 
 from vaepp_sdk.errors import Fault, SpecError
 from vaepp_sdk.text import clean
 
-__all__ = ["MAX_BYTES", "parse_toml", "read_toml"]
+__all__ = ["MAX_BYTES", "Wanted", "parse_toml", "read_text", "read_toml"]
 
 MAX_BYTES = 1 << 20
 """The largest spec file read."""
@@ -35,14 +36,39 @@ _SYSTEM_ERRORS = {
 }
 
 
+@attrs.frozen
+class Wanted:
+    """What a file is wanted for, in words for messages.
+
+    Attributes:
+        path: what to give instead of a path that leads nowhere.
+        noun: what the file is.
+        most: the most bytes it may have.
+    """
+
+    path: str
+    noun: str
+    most: int
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read and parse a spec file.
 
     Raises:
         SpecError: it is missing, no regular file, too large, not UTF-8 or not TOML.
     """
+    text = read_text(path, Wanted("the path of a TOML file", "a spec", MAX_BYTES))
+    return parse_toml(text, clean(str(path), 300))
+
+
+def read_text(path: Path, wanted: Wanted) -> str:
+    """Read a regular file of bounded size in UTF-8.
+
+    Raises:
+        SpecError: it is missing, no regular file, too large or not UTF-8.
+    """
     source = clean(str(path), 300)
-    return parse_toml(_decode(_read(path, source), source), source)
+    return _decode(_read(path, source, wanted), source)
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
@@ -65,31 +91,32 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         raise _refused(source, "it holds a number with thousands of digits", "write it shorter") from None
 
 
-def _read(path: Path, source: str) -> bytes:
+def _read(path: Path, source: str, wanted: Wanted) -> bytes:
+    give, most = f"give {wanted.path}", f"{wanted.noun} has at most {wanted.most} bytes"
     # Non-blocking, so that a pipe without a writer is refused and not waited for.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
     except ValueError:
-        raise _refused(source, "the path holds a NUL character", "give the path of a TOML file") from None
+        raise _refused(source, "the path holds a NUL character", give) from None
     except OSError as error:
-        raise _refused(source, _system_problem(error), "give the path of a TOML file") from None
+        raise _refused(source, _system_problem(error), give) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
-            raise _refused(source, f"it is {kind}", "give the path of a TOML file")
-        if status.st_size > MAX_BYTES:
-            raise _refused(source, f"it has {status.st_size} bytes", f"a spec has at most {MAX_BYTES} bytes")
+            raise _refused(source, f"it is {kind}", give)
+        if status.st_size > wanted.most:
+            raise _refused(source, f"it has {status.st_size} bytes", most)
         # Some files of the kernel claim size 0, so what is read is limited too.
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(wanted.most + 1)
     except OSError as error:
-        raise _refused(source, _system_problem(error), "give the path of a TOML file") from None
+        raise _refused(source, _system_problem(error), give) from None
     finally:
         os.close(descriptor)
-    if len(data) > MAX_BYTES:
-        raise _refused(source, f"it has more than {MAX_BYTES} bytes", f"a spec has at most {MAX_BYTES} bytes")
+    if len(data) > wanted.most:
+        raise _refused(source, f"it has more than {wanted.most} bytes", most)
     return data
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.spec.calls import COMMON
+from vaepp_sdk.spec.calls import COMMON, MAX_CALLS
 from vaepp_sdk.spec.pipeline_spec import PipelineSpec
 from vaepp_sdk.spec.structure import keys, table_class
 from vaepp_sdk.spec.values import ABOUT, About, ValueType, value_type
@@ -47,7 +47,9 @@ def _field(field: attrs.Attribute[Any]) -> dict[str, Any]:
         return {"description": about.help, **_table(inner)}
     if field.name == "call":
         common = {name: _value(key.kind, key.about) for name, key in COMMON.items()}
-        return {"description": about.help, "type": "object", "properties": common}
+        entry = {"type": "object", "properties": common}
+        several = {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": entry}
+        return {"description": about.help, "anyOf": [entry, several]}
     if field.name == "options":
         return {"description": about.help, "type": "object"}
     found = _value(value_type(field.type), about)

@@ -12,7 +12,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.options import nearest
-from vaepp_sdk.spec.calls import call_faults
+from vaepp_sdk.spec.calls import call_faults, copied, name_faults
 from vaepp_sdk.spec.values import ABOUT, About, RefusedError, value_type
 from vaepp_sdk.text import key_path, shown
 
@@ -115,18 +115,10 @@ def _free_table(value: Any, path: str) -> dict[str, Any]:
     """A table whose keys are checked later, against the pipeline or the strategy; its values are plain."""
     table = _table(value)
     faults = call_faults(table, path) if path == "$.call" else []
-    for key in table:
-        if not isinstance(key, str) or len(key) > 100:
-            faults.append(
-                Fault(key_path(path, key), "found a key that cannot be a name", "write a shorter name")
-            )
+    faults += name_faults(table, path)
     if faults:
         raise _FaultsFoundError(faults)
-    return {key: _copied(item) for key, item in table.items()}
-
-
-def _copied(value: Any) -> Any:
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+    return copied(table)
 
 
 class _FaultsFoundError(Exception):

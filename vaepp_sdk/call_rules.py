@@ -1,0 +1,65 @@
+"""What the arguments of one request must be once its pipeline is known; pure, so that it is told early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vaepp_sdk.errors import Fault
+from vaepp_sdk.signature import CallSignature, signature_faults
+from vaepp_sdk.spec.calls import MAX_IMAGES, call_faults
+from vaepp_sdk.spec.values import MAX_INTEGER
+from vaepp_sdk.text import shown
+
+__all__ = ["request_faults"]
+
+
+def request_faults(
+    call: Mapping[str, Any], signature: CallSignature | None, pipeline: str, path: str = "$.call"
+) -> list[Fault]:
+    """Every fault of the arguments of one request, `seed` included.
+
+    Args:
+        call: the arguments as they would be used.
+        signature: what the pipeline's call takes, or None where nobody knows.
+        pipeline: the pipeline's class.
+        path: where the arguments stand.
+    """
+    faults = call_faults(call, path)
+    if signature is not None:
+        seen = {fault.path for fault in faults}
+        found = signature_faults(signature, call, path)
+        faults += [fault for fault in found if fault.path not in seen]
+    return faults or _whole_faults(call, signature, pipeline, path)
+
+
+def _whole_faults(
+    call: Mapping[str, Any], signature: CallSignature | None, pipeline: str, path: str
+) -> list[Fault]:
+    """What a request needs beyond arguments that are each fine."""
+    prompt, negative = call.get("prompt"), call.get("negative_prompt")
+    if prompt is None:
+        return [Fault(f"{path}.prompt", "it is missing", "write a string, or a list of strings")]
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    faults = []
+    if isinstance(negative, list) and len(negative) != count:
+        fix = f"write one string for all, or a list of {count}, one per prompt"
+        faults.append(Fault(f"{path}.negative_prompt", f"found {shown(negative)}", fix))
+    parameters = signature.parameters if signature is not None else {}
+    for name, parameter in parameters.items():
+        if parameter.required and call.get(name) is None:
+            faults.append(Fault(f"{path}.{name}", "it is missing", f"{pipeline} needs it"))
+    return faults or _size_faults(call, count, path)
+
+
+def _size_faults(call: Mapping[str, Any], prompts: int, path: str) -> list[Fault]:
+    faults = []
+    images = prompts * (call.get("num_images_per_prompt") or 1)
+    if images > MAX_IMAGES:
+        found = f"prompts and pictures of each make {images} pictures"
+        faults.append(Fault(f"{path}.num_images_per_prompt", found, f"at most {MAX_IMAGES} work"))
+    seed = call.get("seed") or 0
+    if seed + images - 1 > MAX_INTEGER:
+        fix = f"it must be at most {MAX_INTEGER - images + 1} for {images} pictures"
+        faults.append(Fault(f"{path}.seed", f"found {seed}", fix))
+    return faults
