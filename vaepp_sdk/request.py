@@ -54,7 +54,7 @@ class Request:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Request:
         """What `to_dict` gave."""
-        return cls(**data)
+        return cls(**{**data, "latents": tuple(data["latents"])})
 
 
 def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, save: bool) -> Request:

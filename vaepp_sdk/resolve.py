@@ -114,10 +114,8 @@ def resolve(
         faults += vae_faults(spec.vae, size, entry, registry)
         if signature is not None:
             faults += _call_faults(spec, signature)
-        if upcoming is not None:
-            known = {fault.path for fault in faults}
-            found = _upcoming_faults(upcoming, spec, signature, folder.pipeline_class)
-            faults += [fault for fault in found if fault.path not in known]
+        if upcoming is not None and not faults:
+            faults += _upcoming_faults(upcoming, spec, signature, folder.pipeline_class)
         if faults:
             raise SpecError(faults)
         model_path = fetch_weights(spec.model, folder)
@@ -159,8 +157,10 @@ def _upcoming_faults(
     upcoming: Upcoming, spec: PipelineSpec, signature: CallSignature | None, pipeline: str
 ) -> list[Fault]:
     faults = list(upcoming.faults)
+    known = {fault.path for fault in faults}
     for call in upcoming.calls:
-        faults += request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path)
+        found = request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path)
+        faults += [fault for fault in found if fault.path not in known]
     if len(faults) <= _MAX_TOLD:
         return faults
     more = f"there are {len(faults) - _MAX_TOLD} more faults in the requests"
