@@ -33,7 +33,7 @@ def unwatched(event: Event) -> None:
     """An observer that looks away."""
 
 
-def resolved_for(model: Path | str, registry: Registry | None = None, **tables: Any) -> Resolved:
+def resolved_for(model: Path | str, /, registry: Registry | None = None, **tables: Any) -> Resolved:
     """What a spec of a tiny checkpoint resolves to: float32, on the CPU, with some tables replaced."""
     base = {"model": {"id": str(model), "dtype": "float32", "device": "cpu"}, "call": dict(CALL)}
     return resolve(PipelineSpec.load(base | tables), registry or default_registry())

@@ -12,16 +12,18 @@ import torch
 import transformers
 
 import vaepp_sdk
+from vaepp_sdk.dit.compiling import compile_blocks
 from vaepp_sdk.dit.loading import load_sharded
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.spread import spread, stage_of
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.offload import pin_device
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.resolve import Resolved
 
-__all__ = ["build_pipeline", "quiet_libraries", "software"]
+__all__ = ["build_pipeline", "moves_by_stage", "quiet_libraries", "software"]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -57,12 +59,23 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
         **{_dtype_argument(): dtype},
         **given,
     )
-    pipe.to(group.device)
+    if moves_by_stage(resolved, group):
+        pin_device(pipe, group.device)
+    else:
+        pipe.to(group.device)
     pipe.set_progress_bar_config(disable=True)
     dit = resolved.entry.dit if resolved.entry else None
     if dit is not None and not resolved.decode_only:
-        spread(getattr(pipe, dit.component), dit, group)
+        transformer = getattr(pipe, dit.component)
+        spread(transformer, dit, group)
+        if model.compile != "off":
+            compile_blocks(transformer, model.compile)
     return pipe
+
+
+def moves_by_stage(resolved: Resolved, group: DiTGroup) -> bool:
+    """Whether modules come to the device and leave it with the stages; on the CPU they stay."""
+    return resolved.spec.model.offload == "stages" and group.device.type != "cpu"
 
 
 def software() -> str:
@@ -116,7 +129,7 @@ def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype)
         dit.tensor if tensor.size > 1 else None,
         tensor,
         dtype=dtype,
-        device=group.device,
+        device=torch.device("cpu") if moves_by_stage(resolved, group) else group.device,
         variant=resolved.spec.model.variant,
         stage=stage,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,17 +13,18 @@ import attrs
 import torch
 from PIL.Image import Image
 
-from vaepp_sdk.assembly import build_pipeline, quiet_libraries, software
+from vaepp_sdk.assembly import build_pipeline, moves_by_stage, quiet_libraries, software
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import UnsupportedError, VaeppWarning
 from vaepp_sdk.events import StageEnd
 from vaepp_sdk.keeping import Keeper
 from vaepp_sdk.latents import LatentStore, load_latents
 from vaepp_sdk.nonfinite import check_latents
+from vaepp_sdk.offload import Residence
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.request import Request
@@ -101,6 +103,7 @@ class Executor:
         self._keeper = Keeper(store, resolved, group, timeout, observer) if store else None
         self._prompts = PromptShare.over(group)
         self._replicas = Replicas(Row.over(group.axis("data")), group.device)
+        self._residence: Residence | None = None
         self._pipe: Any = None
         self._decoder: Decoder | None = None
         self._stages: PipelineStages | None = None
@@ -147,6 +150,11 @@ class Executor:
             vae = getattr(self._pipe, "vae", None)
             set_switches(vae, resolved.use_tiling, resolved.spec.vae.vae_use_slicing)
             return
+        if moves_by_stage(resolved, self._group):
+            self._residence = Residence.of(self._pipe, entry, self._group.device)
+        elif resolved.spec.model.offload == "stages":
+            text = "model.offload takes no effect: ranks compute on the CPU, where modules live already."
+            warnings.warn(text, VaeppWarning, stacklevel=2)
         self._stages = load_object(entry.stages, f"pipeline {entry.name!r}")()
         self._decoder = Decoder.build(
             self._pipe.vae,
@@ -174,8 +182,13 @@ class Executor:
 
         return runner.run("decode", request.number, decode)
 
+    def _enter(self, stage: str) -> None:
+        if self._residence is not None:
+            self._residence.enter(stage)
+
     def _encoded(self, stages: PipelineStages, call: dict[str, Any]) -> dict[str, Any]:
         """The encoded prompts; where the entry names text encoders, one rank of the replica encodes."""
+        self._enter("encode_prompt")
         entry = self._resolved.entry
         if entry is None or not entry.text_encoders:
             return stages.encode_prompt(self._pipe, call)
@@ -187,6 +200,7 @@ class Executor:
         """Make this replica's latents; they are kept, then checked."""
         latents = None
         if own:
+            self._enter("denoise")
             on_step = self._runner.progress("denoise")
             latents = stages.denoise(self._pipe, call, _generators(request, own), on_step)
         if self._keeper is not None:
@@ -215,6 +229,7 @@ class Executor:
     def _decode(self, stages: PipelineStages, latents: torch.Tensor, call: dict[str, Any]) -> list[_Picture]:
         """Decode the pictures of all replicas as one batch."""
         assert self._decoder is not None
+        self._enter("decode")
         sharded = self._decoder.leaves_sharded
         pieces = self._decoder.decode(stages.vae_input(self._pipe, latents, call))
         return [

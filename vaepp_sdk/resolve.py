@@ -14,6 +14,7 @@ from vaepp_sdk.dit_rules import dit_faults
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
 from vaepp_sdk.model_folder import fetch_weights, open_model
+from vaepp_sdk.model_rules import model_faults
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
@@ -112,6 +113,7 @@ def resolve(
         dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
         faults += vae_faults(spec.vae, size, entry, registry)
+        faults += model_faults(spec.model, dims, folder.pipeline_class, entry)
         if signature is not None:
             faults += _call_faults(spec, signature)
         if upcoming is not None and not faults:

@@ -70,6 +70,24 @@ class ModelSpec:
         ),
     )
 
+    offload: str = attrs.field(
+        default="none",
+        metadata=about(
+            "`stages` keeps text encoders, transformer and VAE on the device only while a stage uses them, "
+            "and on the CPU in between.",
+            choices=("none", "stages"),
+        ),
+    )
+
+    compile: str = attrs.field(
+        default="off",
+        metadata=about(
+            "Compiles the transformer's blocks with this backend of torch.compile; `inductor` is the fast "
+            "one, the others help to find faults. Works with data, cfg and tensor parallelism.",
+            choices=("off", "inductor", "aot_eager", "eager"),
+        ),
+    )
+
     @property
     def folder(self) -> Path | None:
         """The local folder, or None for a hub id; loading a spec makes a local folder's path absolute."""
