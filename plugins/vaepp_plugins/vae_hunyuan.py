@@ -60,6 +60,11 @@ class HunyuanVideoAdapter(Adapter):
             peak_values_per_pixel=3.0 * config.block_out_channels[0],
             temporal_ratio=vae.temporal_compression_ratio,
             encode_rounds_up=True,  # its stride-2 convolutions are padded on both sides
+            clip_layers=self.clip_layers(
+                (config.latent_channels, config.in_channels),
+                vae.spatial_compression_ratio,
+                enough=(2, 1 + vae.temporal_compression_ratio),
+            ),
         )
 
     def _grid(self, direction: Direction, cuts_time: bool) -> TileGrid:
@@ -98,4 +103,9 @@ class HunyuanVideo15Adapter(Adapter):
             temporal_ratio=ratio,
             encode_unit=vae.spatial_compression_ratio,
             frames=FirstFrameAlone(ratio, whole=True),
+            clip_layers=self.clip_layers(
+                (config.latent_channels, config.in_channels),
+                vae.spatial_compression_ratio,
+                enough=(2, 1 + ratio),
+            ),
         )

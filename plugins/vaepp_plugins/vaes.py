@@ -42,6 +42,8 @@ _TILED = {
 _SHARDED = (
     "AutoencoderDC",
     "AutoencoderKLHunyuanImage",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
     "AutoencoderKLQwenImage",
     "AutoencoderKLWan",
 )

@@ -22,7 +22,8 @@ from vaepp_strategies.layers.lockstep import BandGroup, Lockstep
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_layers import band_forwards
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
-from vaepp_strategies.shard_run import ShardStrategy, input_halo
+from vaepp_strategies.shard_run import ShardStrategy, input_halo, window_call
+from vaepp_strategies.shard_times import in_windows
 
 __all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid"]
 
@@ -30,8 +31,6 @@ GRID = 4
 """Bands of the grid, where the latent allows as many; with another number, results would round otherwise."""
 
 Forward = Callable[..., Any]
-
-BandCall = Callable[[VaeAdapter, torch.Tensor], torch.Tensor]
 
 
 @attrs.frozen(kw_only=True)
@@ -93,30 +92,25 @@ class GridStrategy(ShardStrategy):
         self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: GridPlan
     ) -> Landed:
         """See `Strategy.decode`."""
-
-        def window_call(one: VaeAdapter, band: torch.Tensor) -> torch.Tensor:
-            return one.finish_decode(one.decode_window(band))
-
-        return self._land(adapter, window_call, latent, group, plan)
+        return self._land(adapter, latent, group, plan)
 
     def encode(  # type: ignore[override]
         self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: GridPlan
     ) -> Landed:
         """See `Strategy.encode`."""
-
-        def window_call(one: VaeAdapter, band: torch.Tensor) -> torch.Tensor:
-            return one.encode_window(band)
-
-        return self._land(adapter, window_call, picture, group, plan)
+        return self._land(adapter, picture, group, plan)
 
     @torch.no_grad()
-    def _land(
-        self, adapter: VaeAdapter, call: BandCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
-    ) -> Landed:
+    def _land(self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan) -> Landed:
         pieces: dict[int, torch.Tensor] = {}
         if plan.owned(group.rank):
-            alone = len(plan.windows) == 1
-            pieces = {0: call(adapter, value)} if alone else _bands(adapter, call, value, group, plan)
+            if len(plan.windows) == 1:
+                whole = in_windows(window_call(adapter, plan.work.direction), value, plan.grid.times)
+                pieces = {0: whole}
+            else:
+                pieces = _bands(adapter, value, group, plan)
+            if plan.work.direction == "decode":
+                pieces = {index: adapter.finish_decode(piece) for index, piece in pieces.items()}
             group.progress(len(plan.grid.steps) + 1, len(plan.grid.steps) + 1)
         landed = land(pieces, group, plan, value.dtype, value.device)
         if group.rank == 0 and value.device.type == "cuda" and not self._warned:
@@ -125,7 +119,7 @@ class GridStrategy(ShardStrategy):
 
 
 def _bands(
-    adapter: VaeAdapter, call: BandCall, value: torch.Tensor, group: VaeGroup, plan: GridPlan
+    adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan
 ) -> dict[int, torch.Tensor]:
     """The output of every band of this rank."""
     trace = adapter.facts().layers(plan.work.direction)
@@ -138,10 +132,17 @@ def _bands(
     forwards = {band: band_forwards(trace, adapter.vae, one, grid) for band, one in bands.items()}
 
     def work(band: int) -> torch.Tensor:
-        rows = value[(..., *grid.windows[band].source.slices)].contiguous()
-        if grid.input_reach:
-            bands[band].carry(rows, input_halo(value, grid, band))
-        return call(_with_own_attributes(adapter), rows)
+        call = window_call(_with_own_attributes(adapter), plan.work.direction)
+
+        def run(frames: torch.Tensor) -> torch.Tensor:
+            rows = frames[(..., *grid.windows[band].source.slices)].contiguous()
+            if grid.input_reach:
+                bands[band].carry(rows, input_halo(frames, grid, band))
+            # Anew, for layers keep frames of one window only.
+            forwards[band] = band_forwards(trace, adapter.vae, bands[band], grid)
+            return call(rows)
+
+        return in_windows(run, value, grid.times)
 
     with swapped(_of_current(lockstep, forwards)):
         return lockstep.run(work, value.device)

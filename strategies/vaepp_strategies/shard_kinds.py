@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["CLIP_CONVOLUTIONS", "COVERING", "GIVERS", "PADS", "POSITION_ATTENTION", "UPSAMPLES"]
+__all__ = [
+    "CLIP_CONVOLUTIONS",
+    "COVERING",
+    "GIVERS",
+    "INTERPOLATING",
+    "PADS",
+    "POSITION_ATTENTION",
+    "UPSAMPLES",
+]
 
-CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d")
+_HOLDING_CONVOLUTIONS = ("HunyuanVideo15CausalConv3d", "HunyuanVideoCausalConv3d")
+"""Those that keep the convolution itself in a layer of their own."""
+
+CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d", *_HOLDING_CONVOLUTIONS)
 """Convolutions over frames, rows and columns, padded by half their kernel along rows and columns."""
 
-UPSAMPLES = ("QwenImageUpsample", "Upsample", "Upsample2D", "WanUpsample")
+INTERPOLATING = ("HunyuanVideoUpsampleCausal3D", "Upsample2D")
+"""Nearest interpolation in front of a convolution of their own."""
+
+UPSAMPLES = ("QwenImageUpsample", "Upsample", "WanUpsample", *INTERPOLATING)
 """Nearest interpolation."""
 
 PADS = ("ZeroPad2d",)
@@ -18,14 +32,14 @@ PADS = ("ZeroPad2d",)
 GIVERS = ("GroupNorm", *UPSAMPLES, *PADS)
 """Layers that can fetch the rows which a later layer needs."""
 
-POSITION_ATTENTION = ("QwenImageAttentionBlock", "WanAttentionBlock")
-"""Single-head attention of each frame, after a normalisation that works position by position."""
+POSITION_ATTENTION = ("HunyuanVideo15AttnBlock", "QwenImageAttentionBlock", "WanAttentionBlock")
+"""Single-head attention after a normalisation that works position by position."""
 
 COVERING: Mapping[str, tuple[str, ...]] = {
     "Attention": ("GroupNorm",),
     "Downsample2D": (),
     "HunyuanImageAttentionBlock": (),
     "SanaMultiscaleLinearAttention": ("Conv2d",),
-    **dict.fromkeys(POSITION_ATTENTION, ()),
+    **dict.fromkeys((*POSITION_ATTENTION, *_HOLDING_CONVOLUTIONS), ()),
 }
 """Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""

@@ -13,8 +13,6 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.autoencoders import autoencoder_dc as dc
 from diffusers.models.autoencoders import autoencoder_kl_hunyuanimage as hunyuan
-from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen
-from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanImageAttentionBlock
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.normalization import RMSNorm
@@ -24,15 +22,15 @@ from torch import nn
 
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.attention import shared_attention
-from vaepp_strategies.layers.band_attention import band_attention, band_attention_block, band_frame_attention
+from vaepp_strategies.layers.band_attention import band_attention, band_attention_block
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
-from vaepp_strategies.layers.clip_conv import CLIP_LAYERS, band_clip_convolution, clip_convolution
 from vaepp_strategies.layers.conv import band_convolution
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
-from vaepp_strategies.layers.resample import band_downsample, band_pad, band_upsample, band_upsample_block
+from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
+from vaepp_strategies.shard_clip_layers import SHARD_CLIP_LAYERS, check_upsample, clip_forward
 from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_steps import ShardStep, passes_through, visible_calls, window_of
 
@@ -41,7 +39,7 @@ __all__ = ["SHARD_LAYERS", "band_forwards", "refused_layers"]
 Forward = Callable[..., Any]
 
 
-def _convolution(layer: nn.Conv2d) -> str | None:
+def _check_convolution(layer: nn.Conv2d) -> str | None:
     kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
     if layer.padding_mode != "zeros":
         return f"its padding mode is {layer.padding_mode!r}"
@@ -54,38 +52,12 @@ def _convolution(layer: nn.Conv2d) -> str | None:
     return None
 
 
-def _clip_convolution(layer: nn.Module) -> str | None:
-    clip = clip_convolution(layer)
-    own = clip.convolution
-    (kernel, across), stride = own.kernel_size[1:], own.stride[1:]
-    if set(own.dilation) != {1} or own.padding_mode != "zeros":
-        return f"its dilation is {own.dilation} and its padding mode {own.padding_mode!r}"
-    square = kernel == across and len(set(stride)) == 1 and set(clip.space) == {kernel // 2}
-    if not square or kernel % 2 == 0 or stride[0] > min(2, kernel):
-        return f"its kernel is {own.kernel_size}, its stride {own.stride} and its padding {clip.space}"
-    return None
-
-
-def _pad(layer: nn.ZeroPad2d) -> str | None:
-    left, right, top, bottom = layer.padding
-    return None if (left, right) == (top, bottom) else f"its padding is {layer.padding}"
-
-
-def _upsample(layer: nn.Upsample) -> str | None:
-    factor = layer.scale_factor
-    if isinstance(factor, tuple) and len(set(factor)) == 1:
-        factor = factor[0]
-    if layer.mode not in ("nearest", "nearest-exact"):
-        return f"its mode is {layer.mode!r}"
-    return None if isinstance(factor, (int, float)) and factor == int(factor) else f"its factor is {factor}"
-
-
 def _upsample_block(layer: Upsample2D) -> str | None:
     if layer.norm is not None or layer.use_conv_transpose or not layer.interpolate:
         return "it is not a plain nearest interpolation"
     if not layer.use_conv:
         return None
-    return _convolution(layer.conv) if getattr(layer, "conv", None) is not None else "it has no conv"
+    return _check_convolution(layer.conv) if getattr(layer, "conv", None) is not None else "it has no conv"
 
 
 def _downsample_block(layer: Downsample2D) -> str | None:
@@ -118,24 +90,10 @@ def _good(layer: nn.Module) -> str | None:
     return None
 
 
-CLIP_CLASSES: Mapping[type[nn.Module], Check] = {
-    **dict.fromkeys(CLIP_LAYERS, _clip_convolution),
-    nn.ZeroPad2d: _pad,
-    wan.WanUpsample: _upsample,
-    qwen.QwenImageUpsample: _upsample,
-    **dict.fromkeys((wan.WanAttentionBlock, qwen.QwenImageAttentionBlock), _good),
-    # Not replaced: they move frames, channels, or pixels of one latent, and call layers that are.
-    **dict.fromkeys((wan.WanEncoder3d, wan.WanDecoder3d, wan.WanResidualBlock, wan.WanResample), _good),
-    **dict.fromkeys((wan.WanResidualUpBlock, wan.WanResidualDownBlock, wan.WanRMS_norm), _good),
-    **dict.fromkeys((wan.AvgDown3D, wan.DupUp3D, qwen.QwenImageRMS_norm, qwen.QwenImageResample), _good),
-    **dict.fromkeys((qwen.QwenImageEncoder3d, qwen.QwenImageDecoder3d, qwen.QwenImageResidualBlock), _good),
-}
-"""Layers of video VAEs."""
-
 SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
-    nn.Conv2d: _convolution,
+    nn.Conv2d: _check_convolution,
     nn.GroupNorm: _good,
-    nn.Upsample: _upsample,
+    nn.Upsample: check_upsample,
     Upsample2D: _upsample_block,
     Downsample2D: _downsample_block,
     Attention: _attention,
@@ -146,7 +104,7 @@ SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     **dict.fromkeys((dc.Encoder, dc.Decoder, dc.ResBlock, dc.DCDownBlock2d, GLUMBConv, RMSNorm), _good),
     **dict.fromkeys((hunyuan.HunyuanImageEncoder2D, hunyuan.HunyuanImageDecoder2D), _good),
     **dict.fromkeys((hunyuan.HunyuanImageDownsample, hunyuan.HunyuanImageUpsample), _good),
-    **CLIP_CLASSES,
+    **SHARD_CLIP_LAYERS,
 }
 """Layers known to work on a band, each with its check; others must work position by position."""
 
@@ -176,10 +134,12 @@ def band_forwards(
             continue
         step, give = steps.get(call.name), given.get(call.name, NO_ROWS)
         reach = NO_ROWS if step is None else step.reach
-        if isinstance(layer, nn.Conv2d | nn.Conv3d):
-            forward = _convolution_forward(layer, call.name, bands, window_of(trace, index), give)
+        if isinstance(layer, nn.Conv2d):
+            forward = _convolution(layer, call.name, bands, window_of(trace, index), give)
         else:
             forward = _forward(layer, call.name, bands, step)
+        if len(trace.in_shape) == 5:
+            forward = clip_forward(layer, call.name, bands, step) or forward
         if forward is None and passes_through(trace, index):
             forward = band_pointwise(layer, bands, reach, call.name)
         if forward is not None:
@@ -187,13 +147,9 @@ def band_forwards(
     return found
 
 
-def _convolution_forward(layer: Any, name: str, bands: Bands, window: Window, give: Reach) -> Forward | None:
-    """A convolution's forward on a band; None where it reads single positions of a picture or frame."""
-    if window.pointwise:
-        return None
-    if isinstance(layer, nn.Conv2d):
-        return band_convolution(layer, bands, name, window, give)
-    return band_clip_convolution(layer, bands, name)
+def _convolution(layer: Any, name: str, bands: Bands, window: Window, give: Reach) -> Forward | None:
+    """A convolution's forward on a band; None where it reads single positions."""
+    return None if window.pointwise else band_convolution(layer, bands, name, window, give)
 
 
 def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> Forward | None:
@@ -204,17 +160,12 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> For
         return band_group_norm(layer, bands, reach, step.scale)
     if isinstance(layer, nn.Upsample):
         return band_upsample(layer, bands, reach, name)
-    if isinstance(layer, nn.ZeroPad2d):
-        return band_pad(bands, reach, name)
     if isinstance(layer, Upsample2D):
         return band_upsample_block(layer, bands, reach, name)
     if isinstance(layer, Downsample2D):
         return band_downsample(layer, bands, name)
     if isinstance(layer, SanaMultiscaleLinearAttention):
         return band_linear_attention(layer, bands)
-    if isinstance(layer, (wan.WanAttentionBlock, qwen.QwenImageAttentionBlock)):
-        assert step is not None, "every attention exchanges"
-        return band_frame_attention(layer, bands, step.scale)
     if isinstance(layer, HunyuanImageAttentionBlock):
         assert step is not None, "every attention exchanges"
         return band_attention_block(layer, bands, step.scale)

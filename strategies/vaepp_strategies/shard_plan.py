@@ -18,6 +18,7 @@ from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
 from vaepp_strategies.shard_stages import layer_sequence
 from vaepp_strategies.shard_steps import ShardStep, ShardSteps, shard_steps
+from vaepp_strategies.tile_geometry import Span, lay_frames
 
 __all__ = ["ShardPlan", "plan_shards"]
 
@@ -37,6 +38,8 @@ class ShardPlan(WorkPlan):
         steps: what layers exchange, in order; empty where one rank does all the work in one piece.
         given: rows around a layer's output that a later layer reads, by the layer's name.
         input_reach: rows around a band of the input that its first layer reads.
+        times: the windows of frames in which the VAE runs a long clip, one after the other; none where it
+            runs in one piece.
         blocks: how layers are run in row blocks, or None. No work is repeated by them.
     """
 
@@ -44,6 +47,7 @@ class ShardPlan(WorkPlan):
     steps: tuple[ShardStep, ...]
     given: tuple[tuple[str, Reach], ...]
     input_reach: Reach
+    times: tuple[Span, ...] = ()
     blocks: BlockPlan | None = None
 
 
@@ -71,11 +75,14 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         )
     if frames and row_blocks is not None:
         raise UnsupportedError(f"row_blocks and peak_limit take pictures; {facts.vae_class} takes clips")
-    if 0 in facts.out_shape(work.direction, work.shape):
-        raise UnsupportedError(f"{work.direction} of shape {work.shape} has no output")
-    exchanges = _exchanges(facts, work)
-    parts = _cut(facts, work, exchanges.shortest_band)
     out_shape = facts.out_shape(work.direction, work.shape)
+    if 0 in out_shape:
+        raise UnsupportedError(f"{work.direction} of shape {work.shape} has no output")
+    times = lay_frames(facts, work)
+    if times:
+        out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
+    exchanges = _exchanges(facts, work, times)
+    parts = _cut(facts, work, exchanges.shortest_band)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
     plan = ShardPlan(
         strategy="shard",
@@ -83,25 +90,35 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         windows=tuple(_window(rank, parts, work.shape, out_shape) for rank in range(len(parts.parts))),
         out_shape=out_shape,
         moves=(),
-        peak_bytes=_peaks(parts, facts, work, blocks),
+        peak_bytes=_peaks(parts, facts, work, times, blocks),
         parts=parts,
         steps=exchanges.steps if len(parts.parts) > 1 or blocks else (),
         given=exchanges.given,
         input_reach=exchanges.input_reach,
+        times=times,
         blocks=blocks,
     )
     return attrs.evolve(plan, moves=_moves(plan))
 
 
-def _exchanges(facts: VaeFacts, work: Work) -> ShardSteps:
-    """What the layers exchange.
-
-    Of a long clip, whose class calls the same layers again and again, only the first frames are traced.
-    """
-    direction = work.direction
+def _exchanges(facts: VaeFacts, work: Work, times: tuple[Span, ...]) -> ShardSteps:
+    """What the layers exchange; in each window of frames anew."""
     if facts.clip_layers is None:
-        return shard_steps(_trace(facts, direction))
-    frames, (enough, chunk) = work.shape[2], facts.clip_layers.frames(direction)
+        return shard_steps(_trace(facts, work.direction))
+    windows = [
+        _clip_exchanges(facts, work.direction, frames)
+        for frames in [span.length for span in times] or [work.shape[2]]
+    ]
+    return attrs.evolve(windows[0], steps=tuple(step for window in windows for step in window.steps))
+
+
+def _clip_exchanges(facts: VaeFacts, direction: Direction, frames: int) -> ShardSteps:
+    """What the layers exchange in one clip.
+
+    Of a long clip whose class calls the same layers again and again, only the first frames are traced.
+    """
+    assert facts.clip_layers is not None, "the VAE takes clips"
+    enough, chunk = facts.clip_layers.frames(direction)
     if not chunk or frames <= enough:
         return shard_steps(_trace(facts, direction, frames))
     first, less = (shard_steps(_trace(facts, direction, count)) for count in (enough, enough - chunk))
@@ -183,15 +200,19 @@ def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wa
     return plan_blocks(layer_sequence(trace), memories, wanted, lambda rank: _landing(facts, work, rank))
 
 
-def _peaks(parts: Parts, facts: VaeFacts, work: Work, blocks: BlockPlan | None) -> tuple[int, ...]:
+def _peaks(
+    parts: Parts, facts: VaeFacts, work: Work, times: tuple[Span, ...], blocks: BlockPlan | None
+) -> tuple[int, ...]:
     """Each rank's live bytes inside its band, or while the pieces land if that is more."""
     idle = tuple(_landing(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
     if blocks is not None:
         return blocks.peaks + idle
     across = work.shape[-1 if parts.axis == -2 else -2]
     scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
-    pictures = work.shape[2:-2] if work.direction == "encode" else facts.out_shape("decode", work.shape)[2:-2]
-    scale *= min(math.prod(pictures), facts.frames_at_once or math.prod(pictures))
+    if facts.temporal_ratio:
+        frames = max(span.length for span in times) if times else work.shape[2]
+        pictures = frames if work.direction == "encode" else facts.out_frames("decode", frames)
+        scale *= min(pictures, facts.frames_at_once or pictures)
 
     def peak(rank: int, part: Part) -> int:
         values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel

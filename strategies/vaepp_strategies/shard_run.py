@@ -8,7 +8,7 @@ import torch
 
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.facts import Direction, VaeFacts
 from vaepp_sdk.vae.landing import Landed, land
 from vaepp_sdk.vae.plan import Window, Work
 from vaepp_strategies.layers.bands import Bands, Halo
@@ -18,8 +18,9 @@ from vaepp_strategies.shard_blocks import sequence_forward
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
 from vaepp_strategies.shard_limit import Recomputes, row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
+from vaepp_strategies.shard_times import in_windows
 
-__all__ = ["ShardStrategy", "input_halo"]
+__all__ = ["ShardStrategy", "input_halo", "window_call"]
 
 WindowCall = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,52 +52,49 @@ class ShardStrategy:
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
         """See `Strategy.decode`."""
-
-        def window_call(band: torch.Tensor) -> torch.Tensor:
-            return adapter.finish_decode(adapter.decode_window(band))
-
-        return _run(adapter, window_call, latent, group, plan)
+        return _run(adapter, latent, group, plan)
 
     def encode(self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
         """See `Strategy.encode`."""
-        return _run(adapter, adapter.encode_window, picture, group, plan)
+        return _run(adapter, picture, group, plan)
+
+
+def window_call(adapter: VaeAdapter, direction: Direction) -> WindowCall:
+    """Decodes or encodes one window of frames, or a whole input."""
+    return adapter.decode_window if direction == "decode" else adapter.encode_window
 
 
 @torch.no_grad()
-def _run(
-    adapter: VaeAdapter, window_call: WindowCall, value: torch.Tensor, group: VaeGroup, plan: ShardPlan
-) -> Landed:
+def _run(adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
     pieces = {}
     for window in plan.owned(group.rank):
         if len(plan.windows) == 1 and plan.blocks is None:
-            pieces[window.index] = window_call(value)
+            run = window_call(adapter, plan.work.direction)
         else:
-            pieces[window.index] = _band(adapter, window_call, value, group, plan, window)
+            run = _on_band(adapter, Bands(group, plan.parts, len(plan.steps)), plan, window)
+        piece = in_windows(run, value, plan.times)
+        pieces[window.index] = adapter.finish_decode(piece) if plan.work.direction == "decode" else piece
         group.progress(len(plan.steps) + 1, len(plan.steps) + 1)
     return land(pieces, group, plan, value.dtype, value.device)
 
 
-def _band(
-    adapter: VaeAdapter,
-    window_call: WindowCall,
-    value: torch.Tensor,
-    group: VaeGroup,
-    plan: ShardPlan,
-    window: Window,
-) -> torch.Tensor:
-    """This rank's band of the output."""
+def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window) -> WindowCall:
+    """Gives this rank's band of the output for a whole input, or for some frames of one."""
     trace = adapter.facts().layers(plan.work.direction)
     assert trace is not None, "a plan was made from the layers"
-    bands = Bands(group, plan.parts, len(plan.steps))
-    band = value[(..., *window.source.slices)].contiguous()
-    if plan.input_reach:
-        bands.carry(band, input_halo(value, plan, group.rank))
-    forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
-    if plan.blocks is not None:
-        sequence = adapter.vae.get_submodule(plan.blocks.sequence.name)
-        forwards[sequence] = sequence_forward(adapter.vae, bands, plan, plan.blocks)
-    with swapped(forwards):
-        return window_call(band)
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        band = value[(..., *window.source.slices)].contiguous()
+        if plan.input_reach:
+            bands.carry(band, input_halo(value, plan, bands.group.rank))
+        forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
+        if plan.blocks is not None:
+            sequence = adapter.vae.get_submodule(plan.blocks.sequence.name)
+            forwards[sequence] = sequence_forward(adapter.vae, bands, plan, plan.blocks)
+        with swapped(forwards):
+            return window_call(adapter, plan.work.direction)(band)
+
+    return run
 
 
 def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:

@@ -17,6 +17,7 @@ from vaepp_strategies.shard_kinds import (
     CLIP_CONVOLUTIONS,
     COVERING,
     GIVERS,
+    INTERPOLATING,
     PADS,
     POSITION_ATTENTION,
     UPSAMPLES,
@@ -210,9 +211,9 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
 
 
 def call_source(trace: LayerTrace, index: int) -> int:
-    """Where a call's input comes from; `Upsample2D` interpolates before it calls its convolution."""
+    """Where a call's input comes from; some layers interpolate before they call their convolution."""
     call = trace.calls[index]
-    upsamples = call.inside >= 0 and trace.calls[call.inside].kind == "Upsample2D"
+    upsamples = call.inside >= 0 and trace.calls[call.inside].kind in INTERPOLATING
     return call.inside if upsamples and call.source == UNKNOWN else call.source
 
 
@@ -282,26 +283,24 @@ def call_window(call: LayerCall) -> Window:
 
 def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> ShardStep | None:
     """What a call exchanges, or None; `reach` is what it fetches itself."""
-    step = ShardStep(name=call.name, kind="halo", scale=call_scale(trace, index), frames=_frames(call))
-    channels = call.in_shape[1] if reach else 0
+    shape = _shape(trace, index)
+    # Frames have an axis of their own, or are a batch of pictures; the batch is 1 in a trace.
+    frames = math.prod(shape[:1] + shape[2:-2])
+    step = ShardStep(name=call.name, kind="halo", scale=call_scale(trace, index), frames=frames)
+    channels = shape[1] if reach else 0
     if call.kind == "GroupNorm":
         groups = int(call.setting("num_groups"))
         return attrs.evolve(step, kind="statistics", channels=channels, reach=reach, groups=groups)
     groups = _own_groups(trace, index)
     if groups:
-        return attrs.evolve(step, kind="statistics and positions", groups=groups, width=call.in_shape[1])
+        return attrs.evolve(step, kind="statistics and positions", groups=groups, width=shape[1])
     if call.kind in POSITION_ATTENTION:
-        return attrs.evolve(step, kind="positions", width=call.in_shape[1])
+        return attrs.evolve(step, kind="positions", width=shape[1])
     if call.kind == "Attention":
         return attrs.evolve(step, kind="keys and values", width=2 * int(call.setting("inner_kv_dim")))
     if call.kind == "SanaMultiscaleLinearAttention":
         return attrs.evolve(step, kind="sums", sums=_linear_sums(trace, index))
     return attrs.evolve(step, channels=channels, reach=reach) if reach else None
-
-
-def _frames(call: LayerCall) -> int:
-    """Frames of a call's input, on an axis of their own or in the batch, which is 1 in a trace."""
-    return math.prod(call.in_shape[:1] + call.in_shape[2:-2])
 
 
 def _linear_sums(trace: LayerTrace, index: int) -> int:
@@ -316,11 +315,16 @@ def _linear_sums(trace: LayerTrace, index: int) -> int:
 
 def call_scale(trace: LayerTrace, index: int) -> Scale:
     """A call's resolution; inside attention, where positions are in one row, that of the attention."""
-    shapes = (trace.calls[at].in_shape for at in (index, *_enclosing(trace, index)))
-    # Layers of clips may see frames as a batch of pictures.
-    rows = next(shape[-2] for shape in shapes if 4 <= len(shape) <= len(trace.in_shape))
+    rows = _shape(trace, index)[-2]
     whole = trace.in_shape[-2]
     return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
+
+
+def _shape(trace: LayerTrace, index: int) -> tuple[int, ...]:
+    """A call's input with rows and columns; where positions are in one row, that of the call around it."""
+    shapes = (trace.calls[at].in_shape for at in (index, *_enclosing(trace, index)))
+    # Layers of clips may see frames as a batch of pictures.
+    return next(shape for shape in shapes if 4 <= len(shape) <= len(trace.in_shape))
 
 
 def _moment(trace: LayerTrace, index: int) -> tuple[int, int]:

@@ -20,7 +20,13 @@ from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
 
-__all__ = ["band_attention", "band_attention_block", "band_frame_attention"]
+__all__ = [
+    "band_attention",
+    "band_attention_block",
+    "mix_positions",
+    "normalised_positions",
+    "project_positions",
+]
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,8 +41,9 @@ def band_attention(attention: Any, bands: Bands, scale: Scale) -> Callable[..., 
     """
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        own, everyone = _normalised(attention.group_norm, hidden_states.contiguous(), bands, scale)
-        mixed = _mix(attention.to_q(own), everyone, attention.to_k.weight)
+        tokens = normalised_positions(attention.group_norm, hidden_states.contiguous(), bands, scale)
+        query = attention.to_q(tokens[bands.group.rank])
+        mixed = mix_positions(query, torch.cat(tokens, dim=1), attention.to_k.weight)
         result = _picture(attention.to_out[1](attention.to_out[0](attention.to_v(mixed))), hidden_states)
         if attention.residual_connection:
             result = result + hidden_states
@@ -56,45 +63,20 @@ def band_attention_block(block: Any, bands: Bands, scale: Scale) -> Callable[[to
     """
 
     def forward(values: torch.Tensor) -> torch.Tensor:
-        own, everyone = _normalised(block.norm, values.contiguous(), bands, scale)
-        query = _project(block.to_q, own)
-        mixed = _mix(query, everyone, block.to_k.weight.flatten(1))
-        return _picture(_project(block.proj, _project(block.to_v, mixed)), values) + values
+        tokens = normalised_positions(block.norm, values.contiguous(), bands, scale)
+        query = project_positions(block.to_q, tokens[bands.group.rank])
+        mixed = mix_positions(query, torch.cat(tokens, dim=1), block.to_k.weight.flatten(1))
+        return _picture(project_positions(block.proj, project_positions(block.to_v, mixed)), values) + values
 
     return forward
 
 
-def band_frame_attention(block: Any, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward for single-head attention of each frame, after a normalisation of single positions.
-
-    Args:
-        block: a layer over `(batch, channels, frames, rows, columns)` with `norm`, `to_qkv` and `proj`, the
-            last two 1x1 convolutions.
-        bands: this rank's band.
-        scale: the resolution of its input.
-    """
-
-    def forward(values: torch.Tensor) -> torch.Tensor:
-        batch, channels, frames = values.shape[:3]
-        pictures = values.transpose(1, 2).reshape(batch * frames, channels, *values.shape[-2:])
-        own = block.norm(pictures).flatten(2).transpose(1, 2).contiguous()
-        everyone = torch.cat(bands.gather(own, bands.areas(values, scale), 1, "positions"), dim=1)
-        query_weight, key_weight, value_weight = block.to_qkv.weight.flatten(1).chunk(3)
-        query_bias, _, value_bias = block.to_qkv.bias.chunk(3)
-        mixed = _mix(F.linear(own, query_weight, query_bias), everyone, key_weight)
-        result = _project(block.proj, F.linear(mixed, value_weight, value_bias))
-        mixed = _picture(result, pictures).view(batch, frames, channels, *values.shape[-2:])
-        return mixed.transpose(1, 2) + values
-
-    return forward
-
-
-def _project(convolution: nn.Conv2d, tokens: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution of `(batch, positions, channels)`."""
+def project_positions(convolution: nn.Conv2d | nn.Conv3d, tokens: torch.Tensor) -> torch.Tensor:
+    """A 1x1 or 1x1x1 convolution of `(batch, positions, channels)`."""
     return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
 
-def _mix(query: torch.Tensor, everyone: torch.Tensor, key_weight: torch.Tensor) -> torch.Tensor:
+def mix_positions(query: torch.Tensor, everyone: torch.Tensor, key_weight: torch.Tensor) -> torch.Tensor:
     """Each own position's mean of everyone's, weighted by softmax: `(batch, positions, channels)`.
 
     Args:
@@ -117,10 +99,8 @@ def _picture(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).reshape(like.shape).contiguous()
 
 
-def _normalised(
-    norm: Any, values: torch.Tensor, bands: Bands, scale: Scale
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's normalised positions and everyone's, each `(batch, positions, channels)`."""
+def normalised_positions(norm: Any, values: torch.Tensor, bands: Bands, scale: Scale) -> list[torch.Tensor]:
+    """Everyone's normalised positions, in rank order, each `(batch, positions, channels)`."""
     batch, channels = values.shape[:2]
     areas = bands.areas(values, scale)
     mine = moments(values, norm.num_groups)
@@ -128,7 +108,6 @@ def _normalised(
     everyone, positions = bands.gather_with_bands(mine, values.flatten(2), shapes, "statistics and positions")
     per_position = norm.num_channels // norm.num_groups
     mean, variance = merge_moments([area * per_position for area in areas], everyone)
-    tokens = [
+    return [
         apply_statistics(norm, part[..., None], mean, variance)[..., 0].transpose(1, 2) for part in positions
     ]
-    return tokens[bands.group.rank], torch.cat(tokens, dim=1)

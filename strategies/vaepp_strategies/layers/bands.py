@@ -77,8 +77,8 @@ class Bands(Exchange):
         return self.parts.axis
 
     def areas(self, tensor: torch.Tensor, scale: Scale) -> list[int]:
-        """Every band's positions, rows times columns, at a layer's resolution."""
-        across = tensor.shape[-1 if self.axis == -2 else -2]
+        """Every band's positions, rows times columns times frames of a clip, at a layer's resolution."""
+        across = tensor.shape[-1 if self.axis == -2 else -2] * math.prod(tensor.shape[2:-2])
         return [self.parts.core_length(rank, scale) * across for rank in range(self.ranks)]
 
     def carry(self, tensor: torch.Tensor, halo: Halo) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import attrs
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
@@ -35,6 +37,7 @@ class ClipConvolution:
         time: frames of padding before the first one and after the last one. Earlier frames that the layer is
             given take the place of those before.
         time_mode: zeros, or copies of the first and the last frame.
+        caches: whether the class gives it earlier frames.
     """
 
     convolution: nn.Conv3d
@@ -42,6 +45,7 @@ class ClipConvolution:
     space_mode: PadMode
     time: tuple[int, int]
     time_mode: PadMode
+    caches: bool = False
 
     @property
     def edge(self) -> Edge:
@@ -91,11 +95,19 @@ def _plain(layer: nn.Conv3d) -> ClipConvolution:
 def _cached(layer: Any) -> ClipConvolution:
     """Zeros in time and space, unless the frames before are given."""
     columns, _, rows, _, before, after = layer._padding
-    return ClipConvolution(layer, (rows, columns), "constant", (before, after), "constant")
+    return ClipConvolution(layer, (rows, columns), "constant", (before, after), "constant", caches=True)
+
+
+def _holding(layer: Any) -> ClipConvolution:
+    """One mode of padding for time and space, in front of a convolution without its own."""
+    columns, _, rows, _, before, after = layer.time_causal_padding
+    return ClipConvolution(layer.conv, (rows, columns), layer.pad_mode, (before, after), layer.pad_mode)
 
 
 CLIP_LAYERS: Mapping[type[nn.Module], Callable[[Any], ClipConvolution]] = {
     nn.Conv3d: _plain,
+    HunyuanVideo15CausalConv3d: _holding,
+    HunyuanVideoCausalConv3d: _holding,
     QwenImageCausalConv3d: _cached,
     WanCausalConv3d: _cached,
 }
@@ -144,7 +156,8 @@ def band_clip_convolution(layer: Any, bands: Bands, name: str) -> Callable[..., 
     """
     clip, axis = clip_convolution(layer), bands.axis
     window, own = clip.window(axis), type(layer).forward
-    above, below = _Memory(clip.time[0]), _Memory(clip.time[0])
+    keep = clip.time[0] if clip.caches else 0
+    above, below = _Memory(keep), _Memory(keep)
 
     def forward(values: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, window.reach, name)

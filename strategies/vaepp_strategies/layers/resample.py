@@ -13,7 +13,7 @@ from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import convolve_band
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
 
-__all__ = ["band_downsample", "band_pad", "band_upsample", "band_upsample_block"]
+__all__ = ["band_clip_upsample", "band_downsample", "band_pad", "band_upsample", "band_upsample_block"]
 
 
 def band_upsample(
@@ -64,6 +64,34 @@ def band_upsample_block(block: Any, bands: Bands, reach: Reach, name: str) -> Ca
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         doubled = _carry_through(values, double, bands, reach, name)
         result: torch.Tensor = block.conv(doubled) if block.use_conv else doubled
+        return result
+
+    return forward
+
+
+def band_clip_upsample(block: Any, bands: Bands, reach: Reach, name: str) -> Callable[..., torch.Tensor]:
+    """A forward for nearest interpolation of a clip whose first frame stays one, then a convolution.
+
+    The convolution must be replaced too; it finds the rows around its input carried.
+
+    Args:
+        block: a layer with `upsample_factor`, for frames, rows and columns, and `conv`.
+        bands: this rank's band.
+        reach: what is needed of the neighbours' input rows, where no earlier layer fetched it.
+        name: names the exchange in errors.
+    """
+    factor = block.upsample_factor
+
+    def enlarge(clip: torch.Tensor) -> torch.Tensor:
+        first = F.interpolate(clip[:, :, 0], scale_factor=factor[1:], mode="nearest").unsqueeze(2)
+        if clip.shape[2] == 1:
+            return first
+        # Interpolation of a clip wants it contiguous.
+        others = F.interpolate(clip[:, :, 1:].contiguous(), scale_factor=factor, mode="nearest")
+        return torch.cat([first, others], dim=2)
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = block.conv(_carry_through(values, enlarge, bands, reach, name))
         return result
 
     return forward
