@@ -31,12 +31,12 @@ def tiny_autoencoder(*, dtype: torch.dtype = torch.float32, **config: Any) -> An
     return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
 
 
-def clip_vae(name: str, dtype: torch.dtype) -> Any:
+def clip_vae(name: str, dtype: torch.dtype, **config: Any) -> Any:
     """A video VAE whose pictures stay between -1 and 1: clamped ones would hide mistakes.
 
-    Normalised over 4 channels, positions of nearly no length would make rounding as large as 2e-5.
+    Wan is built with 8 channels: normalised over 4, positions of nearly no length would make rounding large.
     """
-    vae = build(name, dtype, width=8)
+    vae = build(name, dtype, **config)
     for parameter in vae.decoder.conv_out.parameters():
         parameter.mul_(0.5)
     return vae
@@ -48,9 +48,11 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "tiny": tiny_autoencoder,
     "dc": lambda dtype: build("AutoencoderDC", dtype),
     "hunyuan image": lambda dtype: build("AutoencoderKLHunyuanImage", dtype),
-    "wan": lambda dtype: clip_vae("AutoencoderKLWan", dtype),
-    "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype),
-    "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype),
+    "wan": lambda dtype: clip_vae("AutoencoderKLWan", dtype, width=8),
+    "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype, width=8),
+    "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype, width=8),
+    "hunyuan": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo", dtype),
+    "hunyuan 1.5": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo15", dtype),
 }
 
 

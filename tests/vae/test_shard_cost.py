@@ -1,8 +1,8 @@
-"""What a sharded decode or encode of the real VAE costs each rank, counted on shapes alone.
+"""What a sharded decode or encode of real VAEs costs each rank, counted on shapes alone.
 
-The VAE of Flux and Z-Image at full width runs on the meta device, where shapes flow and numbers do not, so
-that live bytes and floating point operations are those of the real thing and cost nothing. Messages go
-nowhere.
+The VAEs of Flux and Z-Image, and of Wan 2.1, run at full width on the meta device, where shapes flow and
+numbers do not, so that live bytes and floating point operations are those of the real thing and cost nothing.
+Messages go nowhere.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 from vaepp_plugins.vae_kl import KLAdapter
+from vaepp_plugins.vae_wan import WanAdapter
 from vaepp_strategies.shard_run import ShardStrategy
 
 from vaepp_sdk.parallel.view import Pending, Recv, Send, VaeGroup
@@ -87,9 +88,14 @@ def shard_cost(vae: Any, direction: Direction, pixels: int, ranks: int, rank: in
 
 
 def strategy_cost(strategy: Any, vae: Any, direction: Direction, pixels: int, ranks: int, rank: int) -> Cost:
-    adapter = KLAdapter(vae)
-    value = torch.empty(_shape(direction, pixels), dtype=torch.bfloat16, device="meta")
-    work = work_of(direction, pixels, ranks)
+    return adapter_cost(strategy, KLAdapter(vae), direction, _shape(direction, pixels), ranks, rank)
+
+
+def adapter_cost(
+    strategy: Any, adapter: Any, direction: Direction, shape: tuple[int, ...], ranks: int, rank: int
+) -> Cost:
+    value = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    work = _work(direction, shape, ranks)
     plan = strategy.plan(adapter.facts(), work)
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     run = strategy.decode if direction == "decode" else strategy.encode
@@ -104,9 +110,13 @@ def strategy_cost(strategy: Any, vae: Any, direction: Direction, pixels: int, ra
 
 
 def work_of(direction: Direction, pixels: int, ranks: int) -> Work:
+    return _work(direction, _shape(direction, pixels), ranks)
+
+
+def _work(direction: Direction, shape: tuple[int, ...], ranks: int) -> Work:
     return Work(
         direction=direction,
-        shape=_shape(direction, pixels),
+        shape=shape,
         itemsize=2,
         ranks=ranks,
         world_size=ranks,
@@ -115,8 +125,11 @@ def work_of(direction: Direction, pixels: int, ranks: int) -> Work:
 
 
 def untiled_cost(vae: Any, direction: Direction, pixels: int) -> Cost:
-    adapter = KLAdapter(vae)
-    value = torch.empty(_shape(direction, pixels), dtype=torch.bfloat16, device="meta")
+    return untiled_adapter_cost(KLAdapter(vae), direction, _shape(direction, pixels))
+
+
+def untiled_adapter_cost(adapter: Any, direction: Direction, shape: tuple[int, ...]) -> Cost:
+    value = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     return cost(lambda: getattr(adapter, f"{direction}_window")(value))
 
 
@@ -133,3 +146,18 @@ def test_peak_and_work_of_every_rank_are_its_share(direction: Direction) -> None
             share = shard_cost(vae, direction, 1024, ranks, rank)
             assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
             assert share.work * ranks <= 1.03 * whole.work, (ranks, rank, share.work * ranks / whole.work)
+
+
+@pytest.mark.parametrize(
+    ("direction", "shape"), [("decode", (1, 16, 3, 60, 104)), ("encode", (1, 3, 9, 480, 832))]
+)
+def test_the_same_for_a_clip(direction: Direction, shape: tuple[int, ...]) -> None:
+    """Three latent frames: with the third one all caches of frames are as full as they get."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan()
+    adapter = WanAdapter(torch.nn.Module.to(vae, torch.bfloat16).eval())
+    whole = untiled_adapter_cost(adapter, direction, shape)
+    for ranks, rank in ((2, 0), (2, 1), (4, 0), (4, 1), (4, 3)):
+        share = adapter_cost(ShardStrategy(), adapter, direction, shape, ranks, rank)
+        assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
+        assert share.work * ranks <= 1.03 * whole.work, (ranks, rank, share.work * ranks / whole.work)
