@@ -14,6 +14,7 @@ import transformers
 import vaepp_sdk
 from vaepp_sdk.dit.compiling import compile_blocks
 from vaepp_sdk.dit.loading import load_sharded
+from vaepp_sdk.dit.lora import fuse_adapters
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.spread import spread, stage_of
@@ -67,6 +68,10 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
     dit = resolved.entry.dit if resolved.entry else None
     if dit is not None and not resolved.decode_only:
         transformer = getattr(pipe, dit.component)
+        if dit.component not in given:
+            weights = transformer.state_dict()
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            fuse_adapters(weights, dit.component, model.lora, shapes=shapes, shards={})
         spread(transformer, dit, group)
         if model.compile != "off":
             compile_blocks(transformer, model.compile)
@@ -132,6 +137,7 @@ def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype)
         device=torch.device("cpu") if moves_by_stage(resolved, group) else group.device,
         variant=resolved.spec.model.variant,
         stage=stage,
+        adapters=resolved.spec.model.lora,
     )
     return {dit.component: model}
 

@@ -25,6 +25,9 @@ def model_faults(
     if unknown and model.compile != "off":
         found = f"found {model.compile!r}, and no plugin says what the transformer of {pipeline} is"
         faults.append(Fault("$.model.compile", found, "write 'off'"))
+    if unknown and model.lora:
+        found = f"found {len(model.lora)}, and no plugin says what the transformer of {pipeline} is"
+        faults.append(Fault("$.model.lora", found, "leave it out"))
     split = [axis for axis in _UNCOMPILED if axis in dims.active]
     if split and model.compile != "off":
         found = f"found {model.compile!r}, and the transformer is split by {', '.join(split)}"

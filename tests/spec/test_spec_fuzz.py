@@ -37,7 +37,7 @@ def _fields() -> dict[tuple[str, str], set[str]]:
     for name, field in keys(PipelineSpec).items():
         table = table_class(field)
         for key, inner in keys(table).items() if table else ():
-            if key != "options":
+            if key not in ("options", "lora"):
                 found[name, key] = set(value_type(inner.type).scalars)
     found |= {("call", name): set(key.kind.scalars) for name, key in COMMON.items()}
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from vaepp_sdk.dit.line import Stage
+from vaepp_sdk.dit.lora import fuse_adapters
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.tensor import Shard, shard_modules
 from vaepp_sdk.entries import TensorPlan
 from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.spec.adapters import Adapter
 
 __all__ = ["load_sharded", "weight_files"]
 
@@ -33,6 +35,7 @@ def load_sharded(
     device: torch.device,
     variant: str | None = None,
     stage: Stage | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Any:
     """Build a model that holds this rank's slices, of this rank's layers, only.
 
@@ -45,6 +48,7 @@ def load_sharded(
         device: where they go.
         variant: as in diffusers' `from_pretrained`.
         stage: which layers this rank holds; None for all.
+        adapters: LoRA adapters to fuse.
 
     Returns:
         The model, in evaluation mode, with no weight left on the meta device.
@@ -60,11 +64,13 @@ def load_sharded(
     # Buffers stay real: the class computes those that no file holds.
     with accelerate.init_empty_weights(include_buffers=False):
         model = model_class.from_config(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     shards = shard_modules(model, plan, group) if plan is not None else {}
     files, elsewhere = weight_files(folder, variant), stage.keep_own(model) if stage is not None else ()
     own = {key: path for key, path in files.items() if not key.startswith(elsewhere)}
     state = _read(shards, own, _dtypes(model_class, dtype), device)
     _check_names(model, set(state), folder)
+    fuse_adapters(state, folder.name, adapters, shapes=shapes, shards=shards)
     model.load_state_dict(state, strict=True, assign=True)
     _move_buffers(model, device)
     model.register_to_config(_name_or_path=str(folder))

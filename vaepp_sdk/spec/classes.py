@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.parallel.dims import ParallelDims
+from vaepp_sdk.spec.adapters import Adapter
 from vaepp_sdk.spec.values import about
 
 __all__ = ["MAX_RANKS", "LimitsSpec", "ModelSpec", "OutputSpec", "ParallelSpec", "VaeSpec"]
@@ -85,6 +86,14 @@ class ModelSpec:
             "Compiles the transformer's blocks with this backend of torch.compile; `inductor` is the fast "
             "one, the others help to find faults. Works with data, cfg and tensor parallelism.",
             choices=("off", "inductor", "aot_eager", "eager"),
+        ),
+    )
+
+    lora: tuple[Adapter, ...] = attrs.field(
+        default=(),
+        metadata=about(
+            "LoRA adapters that are fused into the transformer, in order: safetensors files, as in "
+            '`["style.safetensors"]`, or tables, as in `{path = "style.safetensors", weight = 0.8}`.'
         ),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.errors import Fault, SpecError
+from vaepp_sdk.spec.adapters import Adapter, placed_adapters
 from vaepp_sdk.spec.calls import split_calls
 from vaepp_sdk.spec.classes import MAX_RANKS, LimitsSpec, ModelSpec, OutputSpec, ParallelSpec, VaeSpec
 from vaepp_sdk.spec.overrides import apply_overrides
@@ -69,10 +70,11 @@ class PipelineSpec:
         spec, found = structure(tables, cls)
         faults += found
         places, found = _places(tables, base)
-        faults += [*found, *_product_faults(tables)]
+        lora, problems = _adapters(spec, base)
+        faults += [*found, *problems, *_product_faults(tables)]
         if faults or spec is None:
             raise SpecError(_first_each(faults), name)
-        return attrs.evolve(_placed(spec, places), more_calls=more_calls, source=name, base=base)
+        return attrs.evolve(_placed(spec, places, lora), more_calls=more_calls, source=name, base=base)
 
     @property
     def calls(self) -> tuple[Mapping[str, Any], ...]:
@@ -84,6 +86,7 @@ class PipelineSpec:
         tables = attrs.asdict(
             self, filter=lambda field, _: field.name not in ("more_calls", "source", "base")
         )
+        tables["model"]["lora"] = list(tables["model"]["lora"])
         if self.more_calls:
             tables["call"] = [dict(self.call), *map(dict, self.more_calls)]
         if self.output is None:
@@ -101,6 +104,8 @@ class PipelineSpec:
         if self.more_calls:
             del tables["call"]
         del tables["limits"]
+        for adapter in tables["model"]["lora"]:
+            adapter["path"] = Path(adapter["path"]).name
         if self.model.folder is not None:
             tables["model"]["id"] = self.model.folder.name
         return tables
@@ -145,10 +150,18 @@ def _places(tables: Mapping[str, Any], base: Path) -> tuple[dict[str, str], list
     return places, faults
 
 
-def _placed(spec: PipelineSpec, places: Mapping[str, str]) -> PipelineSpec:
-    model = attrs.evolve(spec.model, id=places["model"])
+def _placed(spec: PipelineSpec, places: Mapping[str, str], lora: tuple[Adapter, ...]) -> PipelineSpec:
+    model = attrs.evolve(spec.model, id=places["model"], lora=lora)
     output = attrs.evolve(spec.output, dir=places["output"]) if spec.output else None
     return attrs.evolve(spec, model=model, output=output)
+
+
+def _adapters(spec: PipelineSpec | None, base: Path) -> tuple[tuple[Adapter, ...], list[Fault]]:
+    """The LoRA adapters with absolute paths."""
+    try:
+        return placed_adapters(spec.model.lora if spec else (), base), []
+    except RefusedError as problem:
+        return (), [Fault("$.model.lora", problem.found, problem.fix)]
 
 
 def _product_faults(tables: Mapping[str, Any]) -> list[Fault]:

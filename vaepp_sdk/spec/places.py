@@ -9,7 +9,7 @@ from pathlib import Path
 from vaepp_sdk.spec.values import RefusedError, text_problem
 from vaepp_sdk.text import clean, shown
 
-__all__ = ["model_place", "output_place"]
+__all__ = ["absolute_place", "model_place", "output_place"]
 
 _HUB_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _HUB_LENGTH = 96
@@ -38,7 +38,7 @@ def model_place(text: str, base: Path) -> str:
     looks_local = text in (".", "..") or text.startswith(("./", "../", "/", "~"))
     if ".." in text and not looks_local:
         raise RefusedError(f"found {shown(text)}, which holds '..'", _HUB_FIX)
-    folder = _absolute(text, base)
+    folder = absolute_place(text, base)
     if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises where a parent may not be read
         return str(folder)
     if looks_local:
@@ -62,7 +62,7 @@ def output_place(text: str, base: Path) -> str:
     fix = 'write the path of a folder, as in "out"'
     if not text:
         raise RefusedError("found an empty string", fix)
-    folder = _absolute(text, base)
+    folder = absolute_place(text, base)
     for place in (folder, *folder.parents):
         # The nearest thing that exists decides: below it everything can still be made.
         if os.path.lexists(place):
@@ -78,7 +78,7 @@ def _is_hub_id(text: str) -> bool:
     return fits and not text.endswith(".git") and all(_HUB_PART.fullmatch(part) for part in parts)
 
 
-def _absolute(text: str, base: Path) -> Path:
+def absolute_place(text: str, base: Path) -> Path:
     """An absolute path; one with `..` is resolved as the system does it, through links."""
     problem = text_problem(text)
     if problem:

@@ -48,6 +48,8 @@ def _field_row(field: attrs.Attribute[Any]) -> str:
     about: About = field.metadata[ABOUT]
     if field.name == "options":
         return _row(field.name, None, "empty", about)
+    if field.name == "lora":
+        return _row(field.name, "a list", "empty", about)
     if field.default is attrs.NOTHING:
         default = "required"
     else:
@@ -55,7 +57,7 @@ def _field_row(field: attrs.Attribute[Any]) -> str:
     return _row(field.name, value_type(field.type), default, about)
 
 
-def _row(name: str, kind: ValueType | None, default: str, about: About) -> str:
+def _row(name: str, kind: ValueType | str | None, default: str, about: About) -> str:
     cells = [f"`{name}`", str(kind) if kind else "a table", default, _range(about), about.help]
     return f"| {' | '.join(cells)} |"
 

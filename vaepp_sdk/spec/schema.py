@@ -16,6 +16,14 @@ from vaepp_sdk.spec.values import ABOUT, About, ValueType, value_type
 __all__ = ["schema_text", "spec_schema"]
 
 
+_ADAPTER: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["path"],
+    "properties": {"path": {"type": "string"}, "weight": {"type": "number"}},
+}
+
+
 def spec_schema() -> dict[str, Any]:
     """The schema of a whole spec."""
     return {
@@ -52,6 +60,9 @@ def _field(field: attrs.Attribute[Any]) -> dict[str, Any]:
         return {"description": about.help, "anyOf": [entry, several]}
     if field.name == "options":
         return {"description": about.help, "type": "object"}
+    if field.name == "lora":
+        items = {"anyOf": [{"type": "string"}, _ADAPTER]}
+        return {"description": about.help, "type": "array", "items": items}
     found = _value(value_type(field.type), about)
     if field.default is not attrs.NOTHING and field.default is not None:
         found["default"] = field.default

@@ -12,6 +12,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.options import nearest
+from vaepp_sdk.spec.adapters import read_adapters
 from vaepp_sdk.spec.calls import call_faults, copied, name_faults
 from vaepp_sdk.spec.values import ABOUT, About, RefusedError, value_type
 from vaepp_sdk.text import key_path, shown
@@ -78,6 +79,8 @@ def _register(converter: Converter, cls: type) -> None:
 
 def _hook(converter: Converter, field: attrs.Attribute[Any]) -> Callable[[Any, Any], Any]:
     about: About = field.metadata[ABOUT]
+    if field.name == "lora":
+        return lambda value, _: read_adapters(value)
     inner = table_class(field)
     if inner is not None:
         table = inner
