@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hookspecs", "options"),
     ("registry", "spec"),
     ("model_folder", "signature"),
-    ("dit_rules", "model_rules", "vae_rules"),
+    ("call_rules", "dit_rules", "model_rules", "vae_rules"),
     ("resolve",),
     ("request",),
     ("parallel", "resuming"),
