@@ -152,7 +152,7 @@ class Executor:
             return
         if moves_by_stage(resolved, self._group):
             self._residence = Residence.of(self._pipe, entry, self._group.device)
-        elif resolved.spec.model.offload == "stages":
+        elif resolved.spec.model.offload == "stages" and self._group.rank == 0:
             text = "model.offload takes no effect: ranks compute on the CPU, where modules live already."
             warnings.warn(text, VaeppWarning, stacklevel=2)
         self._stages = load_object(entry.stages, f"pipeline {entry.name!r}")()

@@ -141,6 +141,12 @@ def test_what_does_not_fit_is_refused_by_name(
     assert "bad.safetensors cannot be used" in str(caught.value)
 
 
+def test_a_file_that_cannot_be_read_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(UnsupportedError, match=r"torn.safetensors cannot be used: it cannot be read"):
+        load(tiny_model, Adapter(str(tmp_path / "torn.safetensors")))
+
+
 def test_strengths_that_are_not_known_are_refused(
     tiny_model: Path, tmp_path: Path, stored: dict[str, torch.Tensor]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vaepp_sdk.dit.tensor import Shard
 from vaepp_sdk.errors import UnsupportedError
@@ -72,19 +72,28 @@ def _add(weight: torch.Tensor, pair: _Pair, strength: float, shard: Shard | None
 
 def _pairs(adapter: Adapter, component: str) -> Mapping[str, _Pair]:
     """The changes in a file, by the name of the layer."""
+    try:
+        tensors, metadata = _read(adapter.path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _refused(adapter, f"it cannot be read ({type(error).__name__})") from error
     factors: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(adapter.path, framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        for key in file.keys():  # noqa: SIM118 - it is no mapping
-            part, suffix = _part(key)
-            if not part:
-                raise _refused(adapter, f"{key} is no factor of a LoRA adapter")
-            layer = key.removesuffix(suffix)
-            for prefix in (f"{component}.", *_PREFIXES):
-                layer = layer.removeprefix(prefix)
-            factors.setdefault(layer, {})[part] = file.get_tensor(key)
+    for key, tensor in tensors.items():
+        part, suffix = _part(key)
+        if not part:
+            raise _refused(adapter, f"{key} is no factor of a LoRA adapter")
+        layer = key.removesuffix(suffix)
+        for prefix in (f"{component}.", *_PREFIXES):
+            layer = layer.removeprefix(prefix)
+        factors.setdefault(layer, {})[part] = tensor
     alpha = _alpha(adapter, metadata, component)
     return {layer: _pair(adapter, layer, found, alpha) for layer, found in factors.items()}
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+    """A file's tensors, and what peft says of them."""
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - no mapping
 
 
 def _alpha(adapter: Adapter, metadata: Mapping[str, Any], component: str) -> float | None:
@@ -108,7 +117,7 @@ def _pair(adapter: Adapter, layer: str, found: Mapping[str, torch.Tensor], alpha
     if lacking:
         raise _refused(adapter, f"{layer} has no {lacking[0]} projection")
     down, up = found["down"], found["up"]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.numel():
         raise _refused(adapter, f"{layer} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}")
     rank = down.shape[0]
     # The strength stands beside the factors, or in the file's metadata as peft writes it; else it is 1.
