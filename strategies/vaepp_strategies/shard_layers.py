@@ -104,7 +104,6 @@ SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     **dict.fromkeys((dc.Encoder, dc.Decoder, dc.ResBlock, dc.DCDownBlock2d, GLUMBConv, RMSNorm), _good),
     **dict.fromkeys((hunyuan.HunyuanImageEncoder2D, hunyuan.HunyuanImageDecoder2D), _good),
     **dict.fromkeys((hunyuan.HunyuanImageDownsample, hunyuan.HunyuanImageUpsample), _good),
-    **SHARD_CLIP_LAYERS,
 }
 """Layers known to work on a band, each with its check; others must work position by position."""
 
@@ -112,7 +111,9 @@ SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
 def refused_layers(trace: LayerTrace, vae: nn.Module) -> list[str]:
     """Every layer that `shard` cannot run on a band, as `name (Class): reason`."""
     visible = tuple(call for _, call in visible_calls(trace))
-    return unknown_layers(attrs.evolve(trace, calls=visible), vae, SHARD_LAYERS)
+    clip = len(trace.in_shape) == 5
+    known = {**SHARD_LAYERS, **SHARD_CLIP_LAYERS} if clip else SHARD_LAYERS
+    return unknown_layers(attrs.evolve(trace, calls=visible), vae, known)
 
 
 def band_forwards(

@@ -173,14 +173,25 @@ def _needed(trace: LayerTrace, index: int, given: Reach) -> Reach:
     call = trace.calls[index]
     if call.kind == "Conv2d" or call.kind in CLIP_CONVOLUTIONS:
         window = window_of(trace, index)
-        if window.kernel > 1 and not window.lead and not window.trail:
-            raise UnsupportedError(f"strategy 'shard' cannot serve {call.name}: nothing known pads its input")
+        _refuse_uneven(call, window)
         return window.reach + given
+    if call.kind in PADS and not given:
+        raise UnsupportedError(f"strategy 'shard' cannot serve {call.name}: no convolution reads it")
     if call.kind == "Downsample2D":
         return DOWNSAMPLE_WINDOW.reach
     if call.kind in UPSAMPLES:
         return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
     return given
+
+
+def _refuse_uneven(call: LayerCall, window: Window) -> None:
+    """Refuse a convolution whose output is not as many rows as its input, or half as many."""
+    lost = window.kernel - (window.lead + window.trail)
+    if not 1 <= lost <= window.stride:
+        raise UnsupportedError(
+            f"strategy 'shard' cannot serve {call.name}: a kernel of {window.kernel} with {window.lead} + "
+            f"{window.trail} rows of padding changes the number of rows"
+        )
 
 
 def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:

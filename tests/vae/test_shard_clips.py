@@ -8,6 +8,7 @@ import pytest
 import torch
 from counted import counted
 from shard_cases import Case, check_cases, prepared
+from torch import nn
 
 from vaepp_sdk import UnsupportedError, parallelize_vae
 from vaepp_sdk.testing import run_ranks
@@ -79,9 +80,13 @@ def fail_and_go_on(rank: int) -> dict[str, bool]:
         with counted() as seen, pytest.raises(UnsupportedError):
             parallelize_vae(vae, strategy="shard", strategy_options=options).decode(value)
         found[f"{options} sent nothing"] = not seen.sent
+    vae.decoder.nonlinearity = nn.InstanceNorm3d(8)
+    with counted() as seen, pytest.raises(UnsupportedError, match=r"decoder.nonlinearity \(InstanceNorm3d\)"):
+        parallelize_vae(vae, strategy="shard").decode(value)
+    found["an unknown layer sent nothing"] = not seen.sent
     return found
 
 
-def test_an_error_half_way_leaves_no_replaced_layer_and_no_cached_frame() -> None:
+def test_errors_and_refusals_leave_no_replaced_layer_and_no_cached_frame() -> None:
     for report in run_ranks(2, fail_and_go_on):
         assert all(report.values()), report

@@ -29,6 +29,7 @@ CASES = [
     Case((135, 45), direction="encode", vae="tiny", dtype=torch.bfloat16),
     Case((5, 3), 2, vae="wan"),
     Case((33, 24), 5, vae="qwen", direction="encode"),
+    Case((4, 3), 4, vae="hunyuan"),  # two windows of frames
     Case((3, 2)),  # three bands
     Case((1, 1)),  # one band
 ]
