@@ -11,12 +11,15 @@ import torch
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.idle import IdleModules
 from vaepp_sdk.nonfinite import bad_region, complain
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.plain import PlainVAE
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.vae.chooser import StrategyChooser
+from vaepp_sdk.vae.descent import StepDown
 from vaepp_sdk.vae.landing import Piece, ShardedSample
 from vaepp_sdk.vae.plan import Box, Output
 from vaepp_sdk.vae.wrapper import ParallelVAE
@@ -48,57 +51,67 @@ class Decoder:
     """Decodes latents that all ranks of the DiT group hold.
 
     Attributes:
-        vae: the VAE: the plain one, or the drop-in that spreads its work.
+        vae: the VAE: as it is, or the drop-in that spreads its work.
         rank: this rank in the DiT group.
         output: where pictures land.
         allow_nonfinite: whether values that are not finite are warned of, not refused.
+        idle: what can leave the device while the VAE works.
     """
 
-    vae: Any
+    vae: PlainVAE | ParallelVAE
     rank: int
     output: Output
-    allow_nonfinite: bool = False
+    allow_nonfinite: bool
+    idle: IdleModules
 
     @classmethod
     def build(
         cls,
-        vae: Any,
+        pipe: Any,
         resolved: Resolved,
         registry: Registry,
         group: DiTGroup,
         timeout: timedelta,
         progress: Callable[[int, int], None],
+        sharers: int,
     ) -> Decoder:
         """Prepare a VAE as a spec wants it; creates no process group.
 
         Args:
-            vae: the pipeline's VAE; its switches are set.
+            pipe: the pipeline; the switches of its VAE are set.
             resolved: what was decided.
             registry: strategies and VAE classes.
             group: the DiT group.
             timeout: the limit of one wait for other ranks.
             progress: told `(done, total)` as this rank works through its pieces.
+            sharers: ranks that share this host's memory.
         """
+        vae = pipe.vae
         settings = resolved.spec.vae
         set_switches(vae, resolved.use_tiling, settings.vae_use_slicing)
         # Checked when the spec was loaded, so the name is one of the three.
         output: Output = settings.output  # type: ignore[assignment]
-        alone = serves_one_rank(settings, resolved.entry, registry)
-        if (resolved.vae_size > 1 or alone) and resolved.entry is not None:
-            entry = registry.vae(type(vae))
-            chooser = StrategyChooser(
-                registry,
-                settings.strategy,
-                resolved.entry.strategies,
-                resolved.entry.pick or entry.pick,
-                settings.options,
-            )
-            adapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
-            view = VaeGroup.over(None, resolved.vae_size, timeout)
-            view.progress = progress
-            vae = ParallelVAE(adapter, view, chooser, output)
         allowed = resolved.spec.output is not None and resolved.spec.output.allow_nonfinite
-        return cls(vae, group.rank, output, allowed)
+        idle = IdleModules(pipe, group.device, sharers)
+
+        def parallel(view: VaeGroup, output: Output) -> ParallelVAE:
+            view.progress = progress
+            made = _parallel(vae, resolved, registry, view, output)
+            made.descent.free_more, made.descent.sharers = idle.park, sharers
+            return made
+
+        if resolved.vae_size > 1 or serves_one_rank(settings, resolved.entry, registry):
+            view = VaeGroup.over(None, resolved.vae_size, timeout)
+            return cls(parallel(view, output), group.rank, output, allowed, idle)
+        # Each rank decodes everything for itself, or the first one does and nobody waits for it.
+        everyone = output == "all"
+        view = VaeGroup.over(None, 1, timeout) if everyone else VaeGroup(None, 0, 1, 1, timeout)
+
+        def spare() -> ParallelVAE:
+            return parallel(view, "all" if everyone else "rank0")
+
+        able = settings.on_oom == "step_down" and _steps_down(vae, resolved, registry)
+        return cls(PlainVAE(vae, view, spare if able else None), group.rank, output, allowed, idle)
 
     @property
     def leaves_sharded(self) -> bool:
@@ -119,15 +132,25 @@ class Decoder:
         Raises:
             RankError: values that are not finite; names the rank that computed them and the region.
         """
-        if not isinstance(self.vae, ParallelVAE) and self.output != "all" and self.rank != 0:
+        if isinstance(self.vae, PlainVAE) and self.output != "all" and self.rank != 0:
             return ()  # one rank does all the VAE's work, so its pictures are nowhere else
-        sample = self.vae.decode(latents, return_dict=False)[0]
+        sample = self._sample(latents)
         if isinstance(sample, ShardedSample):
             pieces = sample.pieces
         else:
             whole = Box(0, 0, sample.shape[-2], sample.shape[-1])
             pieces = (Piece(whole, sample),) if sample.shape[0] else ()
         return tuple(self._checked(piece) for piece in pieces)
+
+    @property
+    def steps_down(self) -> tuple[StepDown, ...]:
+        """What the last decode did because a rank's memory was not enough."""
+        return self.vae.steps_down
+
+    def _sample(self, latents: torch.Tensor) -> Any:
+        if isinstance(self.vae, PlainVAE):
+            return self.vae.decode(latents)
+        return self.vae.decode(latents, return_dict=False)[0]
 
     def _checked(self, piece: Piece) -> Piece:
         """A piece whose values are all finite: where others are allowed, they are painted black."""
@@ -142,7 +165,8 @@ class Decoder:
 
     def _maker(self, bad: torch.Tensor) -> tuple[int, str]:
         """The rank that computed most of the bad pixels: blending spreads them to its neighbours' windows."""
-        plan = self.vae.last_plan if isinstance(self.vae, ParallelVAE) else None
+        made = self.vae.lighter if isinstance(self.vae, PlainVAE) else self.vae
+        plan = made.last_plan if made is not None else None
         if plan is None or self.leaves_sharded:
             return self.rank, ""
         found: dict[int, int] = {}
@@ -150,3 +174,25 @@ class Decoder:
             found[window.owner] = found.get(window.owner, 0) + int(bad[window.target.slices].sum())
         maker = max(found, key=lambda rank: found[rank])
         return maker, f", most of them in windows that rank {maker} decoded"
+
+
+def _parallel(
+    vae: Any, resolved: Resolved, registry: Registry, view: VaeGroup, output: Output
+) -> ParallelVAE:
+    """The drop-in, as the spec and the pipeline's entry want it."""
+    pipeline, settings = resolved.entry, resolved.spec.vae
+    assert pipeline is not None, "only a pipeline with an entry is decoded apart"
+    entry = registry.vae(type(vae))
+    pick = pipeline.pick or entry.pick
+    chooser = StrategyChooser(registry, settings.strategy, pipeline.strategies, pick, settings.options)
+    adapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
+    return ParallelVAE(adapter, view, chooser, output, on_oom=settings.on_oom)
+
+
+def _steps_down(vae: Any, resolved: Resolved, registry: Registry) -> bool:
+    """Whether there are strategies for this VAE that a plain decode could step down to."""
+    try:
+        registry.vae(type(vae))
+    except UnsupportedError:
+        return False
+    return resolved.entry is not None and bool(resolved.entry.strategies)

@@ -7,7 +7,7 @@ entry must name code that imports torch, it names it as `"package.module:attribu
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -22,16 +22,21 @@ __all__ = [
     "BatchPlan",
     "ChainPlan",
     "DiTPlan",
+    "LighterRule",
     "Option",
     "PickRule",
     "PipelineEntry",
     "PipelinePlan",
+    "Rung",
     "SequencePlan",
     "StrategyEntry",
     "TensorPlan",
     "VaeEntry",
     "load_object",
 ]
+
+LighterRule = Callable[[Mapping[str, Any], "VaeFacts", "Work"], Sequence["Rung"]]
+"""Names the ways down from a strategy with these options: pure, from facts that every rank has."""
 
 PickRule = Callable[["VaeFacts", "Work"], str]
 """Chooses a strategy by name for one piece of work, from facts that every rank has."""
@@ -60,6 +65,19 @@ class Option:
     choices: tuple[str, ...] = ()
 
 
+@attrs.frozen
+class Rung:
+    """A strategy and its options, as a way to do some work with less memory.
+
+    Attributes:
+        strategy: a strategy's name; it is tried where it is registered and validated for the VAE.
+        options: its options.
+    """
+
+    strategy: str
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+
+
 @attrs.frozen(kw_only=True)
 class StrategyEntry:
     """A way to cut, run and join VAE work.
@@ -75,6 +93,10 @@ class StrategyEntry:
             are not at their defaults.
         validated_for: VAE classes and pipelines of other plugins, by name, that this strategy's author has
             validated it for; it joins the strategies their entries allow.
+        lighter: the rule that names what to try, in this order, where a rank's memory is not enough, as
+            `"module:attribute"`, or a callable. It is called with the options in use, the VAE's facts and the
+            work, and returns `Rung`s; what cannot be planned, and what needs as much, is passed over. None:
+            only fewer pictures at a time are tried.
     """
 
     name: str
@@ -84,6 +106,7 @@ class StrategyEntry:
     uses_tiling: bool = False
     single_rank_options: tuple[str, ...] = ()
     validated_for: tuple[str, ...] = ()
+    lighter: str | LighterRule | None = None
 
     def serves_one_rank(self, options: Mapping[str, Any]) -> bool:
         """Whether it has work to do where one rank does all the VAE's work, given its options."""

@@ -46,12 +46,14 @@ class RankResult:
         files: what this rank saved.
         stages: the stages of this request, in order.
         seed: the first picture's.
+        notices: what was done otherwise than asked for, because a rank's memory was not enough.
     """
 
     images: list[Image]
     files: tuple[str, ...]
     stages: tuple[StageEnd, ...]
     seed: int
+    notices: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -80,6 +82,7 @@ class Executor:
             long as the job's process group allows.
         observer: told of stages and progress on this rank.
         store: where latents are kept from `denoise` on; None keeps none.
+        sharers: ranks that share this host's memory; None is all of them.
     """
 
     def __init__(
@@ -91,11 +94,13 @@ class Executor:
         timeout: timedelta,
         observer: Observer,
         store: LatentStore | None = None,
+        sharers: int | None = None,
     ) -> None:
         self._resolved = resolved
         self._registry = registry
         self._group = group
         self._timeout = timeout
+        self._sharers = sharers or group.world_size
         self._runner = StageRunner(group.rank, group.world_size, group.device, registry, observer)
         output = resolved.spec.output
         folder = Path(output.dir) if output else resolved.spec.base / OutputSpec().dir
@@ -133,7 +138,12 @@ class Executor:
         if request.save:
             files = self._runner.run("save", request.number, lambda: self._save(request, pictures))
         images = [picture.image for picture in pictures]
-        return RankResult(images, files, tuple(self._runner.ended), request.seed)
+        return RankResult(images, files, tuple(self._runner.ended), request.seed, self._steps_down)
+
+    @property
+    def _steps_down(self) -> tuple[str, ...]:
+        """What the last decode did because a rank's memory was not enough, in sentences."""
+        return tuple(str(step) for step in self._decoder.steps_down) if self._decoder else ()
 
     def _pictures(self, request: Request) -> list[_Picture]:
         if request.latents:
@@ -157,18 +167,21 @@ class Executor:
             warnings.warn(text, VaeppWarning, stacklevel=2)
         self._stages = load_object(entry.stages, f"pipeline {entry.name!r}")()
         self._decoder = Decoder.build(
-            self._pipe.vae,
+            self._pipe,
             resolved,
             self._registry,
             self._group,
             self._timeout,
             self._runner.progress("decode"),
+            self._sharers,
         )
 
     def _staged(self, request: Request) -> list[_Picture]:
         """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
         stages, runner = self._stages, self._runner
         assert stages is not None
+        assert self._decoder is not None
+        self._decoder.idle.bring_back()
         own = self._replicas.own(request.images)
         call = self._replicas.call(request.call, own)
         call |= runner.run(
@@ -275,6 +288,8 @@ class Executor:
             "call": dict(request.call),
             "pipeline": self._resolved.pipeline_class,
         }
+        if self._steps_down:
+            details["stepped_down"] = list(self._steps_down)
         if picture.box is not None:
             name += f"-y{picture.box.top}-x{picture.box.left}"
             details["position"] = attrs.asdict(picture.box)

@@ -44,7 +44,8 @@ class Result:
         files: where they were saved.
         seed: image i started from noise of `seed + i`.
         stages: what each rank did, by rank; the first call's begin with `load`.
-        notices: what the user was told when the pipeline was made.
+        notices: what the user was told when the pipeline was made, and what this call did otherwise because a
+            rank's memory was not enough.
         latents: the folder where the latents stay, as `[output] keep_latents` asks; else None.
     """
 
@@ -224,7 +225,7 @@ class Pipeline:
             files=tuple(name for value in answers.values for name in value["files"]),
             seed=answers.values[0]["seed"],
             stages=tuple(tuple(StageEnd(**end) for end in value["stages"]) for value in answers.values),
-            notices=self.notices,
+            notices=(*self.notices, *answers.values[0]["notices"]),
         )
 
 

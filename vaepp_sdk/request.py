@@ -53,7 +53,7 @@ class Request:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Request:
-        """What `to_dict` gave."""
+        """What `to_dict` gave; JSON knows no tuples."""
         return cls(**{**data, "latents": tuple(data["latents"])})
 
 

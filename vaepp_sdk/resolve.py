@@ -18,7 +18,7 @@ from vaepp_sdk.model_rules import model_faults
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
-from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.spec import PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
 
@@ -135,7 +135,7 @@ def resolve(
         notices=(
             *registry.problems,
             *_model_notices(spec, folder.pipeline_class, signature),
-            *_latent_notices(spec, folder.pipeline_class, entry),
+            *_whole_notices(spec, folder.pipeline_class, entry),
             *decision.notices,
         ),
         signature=signature,
@@ -190,7 +190,11 @@ def _model_notices(spec: PipelineSpec, pipeline: str, signature: CallSignature |
     return notices
 
 
-def _latent_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:
-    if entry is None and spec.output is not None and spec.output.keep_latents:
-        return [f"output.keep_latents takes no effect: no plugin runs {pipeline} stage by stage."]
-    return []
+def _whole_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:
+    """Settings that matter only where the VAE's work is a stage of its own."""
+    keeps = spec.output is not None and spec.output.keep_latents
+    named = {"output.keep_latents": keeps, "vae.on_oom": spec.vae.on_oom != VaeSpec().on_oom}
+    keys = [key for key, is_set in named.items() if is_set and entry is None]
+    verb = "takes" if len(keys) == 1 else "take"
+    reason = f"no plugin runs {pipeline} stage by stage"
+    return [f"{', '.join(keys)} {verb} no effect: {reason}."] if keys else []

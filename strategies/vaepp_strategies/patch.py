@@ -37,6 +37,7 @@ _ENTRY = StrategyEntry(
             "for which the promise does not hold.",
         ),
     ),
+    lighter="vaepp_strategies.lighter:below_patch",
 )
 
 

@@ -45,6 +45,7 @@ _ENTRY = StrategyEntry(
         ),
     ),
     single_rank_options=("row_blocks", "peak_limit", "recompute", "deterministic"),
+    lighter="vaepp_strategies.lighter:below_shard",
 )
 
 

@@ -30,6 +30,7 @@ _ENTRY = StrategyEntry(
         ),
     ),
     uses_tiling=True,
+    lighter="vaepp_strategies.lighter:below_tile",
 )
 
 

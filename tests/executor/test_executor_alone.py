@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,18 @@ def test_a_picture_depends_on_its_own_seed_only(executor: Executor, resolved: Re
 def test_latents_are_the_pipelines_own(executor: Executor, resolved: Resolved, plain: Any) -> None:
     """Compared before the rounding to 255 levels, where a difference could hide."""
     seen: list[torch.Tensor] = []
-    decoder = executor._decoder
-    assert decoder is not None
-    decode = decoder.vae.decode
+    vae = executor._pipe.vae
+    decode = vae.decode
 
     def spy(latents: torch.Tensor, **settings: Any) -> Any:
         seen.append(latents)
         return decode(latents, **settings)
 
-    decoder.vae.decode = spy
+    vae.decode = spy
     try:
         run(executor, resolved)
     finally:
-        decoder.vae.decode = decode
+        del vae.decode
     call = {key: value for key, value in CALL.items() if key != "seed"}
     latents = plain(**call, generator=generators(7, 1), output_type="latent").images
     config = plain.vae.config
@@ -259,6 +259,55 @@ def test_the_pictures_of_a_batch_that_are_not_finite_are_named() -> None:
     bad = torch.zeros(3, 2, 5, 6, dtype=torch.bool)
     bad[1, 0, 2:4, 1] = bad[2, 1, 3, 4] = True
     assert bad_region(bad, top=10, left=20) == "rows 12 to 13, columns 21 to 24 of pictures 1, 2"
+
+
+def short(resolved: Resolved, most: int) -> Executor:
+    """A VAE for which so many latents are the most that fits."""
+    executor = loaded(resolved)
+
+    def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+        del module
+        if not arguments[0].is_meta and arguments[0].shape[-2] * arguments[0].shape[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    executor._pipe.vae.decoder.register_forward_pre_hook(hook)
+    return executor
+
+
+def test_one_rank_steps_down_from_the_plain_vae(resolved: Resolved) -> None:
+    """Untiled 16 x 16 latents do not fit; tiles of 8 x 8, the VAE's own, do."""
+    executor = short(resolved, 8 * 8)
+    sentence = "rank 0 ran out of memory with the VAE as it is; going on with strategy 'tile'"
+    with pytest.warns(VaeppWarning, match=f"decode: {sentence}; its promise: bit-identical"):
+        first = run(executor, resolved)
+    assert first.notices == (sentence,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once, and what is too large is not tried again
+        again = run(executor, resolved)
+    assert again.notices == first.notices
+    assert same(first.images[0], again.images[0])
+    assert run(executor, resolved, height=64, width=64).notices == (), "what fits is left as it is"
+    tiled = attrs.evolve(resolved, use_tiling=True)
+    assert same(first.images[0], run(loaded(tiled), tiled).images[0])
+
+
+def test_what_never_fits_ends_after_three_attempts(resolved: Resolved) -> None:
+    executor = short(resolved, 0)
+    with (
+        pytest.warns(VaeppWarning, match="going on with"),
+        pytest.raises(
+            RankError, match=r"rank 0 failed in stage decode: out of memory on rank 0 with each of"
+        ),
+    ):
+        run(executor, resolved)
+
+
+def test_stepping_down_can_be_forbidden(tiny_model: Path) -> None:
+    resolved = resolved_for(tiny_model, vae={"on_oom": "fail"})
+    with pytest.raises(
+        RankError, match="rank 0 failed in stage decode: OutOfMemoryError: CUDA out of memory"
+    ):
+        run(short(resolved, 8 * 8), resolved)
 
 
 def test_an_error_names_rank_and_stage_and_keeps_its_cause(resolved: Resolved) -> None:

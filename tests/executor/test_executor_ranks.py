@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pipeline_jobs import loaded, resolved_for, run
 from torch.distributed import distributed_c10d
 
-from vaepp_sdk.errors import RankError
+from vaepp_sdk.errors import RankError, VaeppWarning
 from vaepp_sdk.events import Progress
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae.wrapper import ParallelVAE
@@ -160,6 +163,57 @@ def check_pieces(everyone: list[Any], wanted: list[Any], folder: Path) -> None:
             with Image.open(folder / name) as saved:
                 assert '"position": {"top": %d, "left": %d' % (top, left) in saved.text["vaepp"]  # type: ignore[attr-defined]  # noqa: UP031
     assert all(np.abs(one - other).max() <= 1 for one, other in zip(joined, wanted, strict=True))
+
+
+def short_of_memory(module: Any, arguments: tuple[Any, ...]) -> None:
+    """A decoder for which 4 x 4 latents are the most that fits."""
+    del module
+    if not arguments[0].is_meta and arguments[0].shape[-2] * arguments[0].shape[-1] > 16:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def short_rank(rank: int, model: str, folder: str) -> dict[str, Any]:
+    """Requests for which rank 1's memory is not enough, and one with the tiles they come to."""
+    found: dict[str, Any] = {}
+    small = {"strategy": "tile", "options": {"tile_size": 32}}
+    todo = (("spread", 2, {"strategy": "tile"}), ("plain", 1, {"output": "all"}), ("at once", 2, small))
+    for name, size, vae in todo:
+        resolved = resolved_for(
+            model,
+            parallel={"tensor_parallel_size": 2, "vae_patch_parallel_size": size},
+            vae=vae,
+            output={"dir": f"{folder}/{name}"},
+        )
+        executor = loaded(resolved)
+        if rank == 1 and name != "at once":
+            executor._pipe.vae.decoder.register_forward_pre_hook(short_of_memory)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", VaeppWarning)
+            result = run(executor, resolved, save=True)
+        found[name] = {
+            "images": [pixels(image) for image in result.images],
+            "files": result.files,
+            "notices": result.notices,
+            "warned": [str(one.message) for one in caught],
+        }
+    return found
+
+
+def test_the_picture_comes_out_where_a_ranks_memory_is_short(tiny_model: Path, tmp_path: Path) -> None:
+    everyone = run_ranks(2, short_rank, str(tiny_model), str(tmp_path))
+    first = everyone[0]
+    sentence = "rank 1 ran out of memory with strategy 'tile'; going on with strategy 'tile' (tile_size = 32)"
+    for rank, found in enumerate(everyone):
+        assert found["spread"]["notices"] == (sentence,)
+        assert found["spread"]["warned"] == ([] if rank else [f"decode: {sentence}"])
+        assert found["plain"]["notices"] == first["plain"]["notices"]
+        assert found["plain"]["notices"][0].startswith("rank 1 ran out of memory with the VAE as it is; ")
+        assert len(found["plain"]["images"]) == 1, "it lands where it was to land"
+    (file,) = first["spread"]["files"]
+    with Image.open(file) as saved:
+        assert json.loads(saved.text["vaepp"])["stepped_down"] == [sentence]  # type: ignore[attr-defined]
+    assert np.array_equal(first["spread"]["images"][0], first["at once"]["images"][0])
+    assert first["at once"]["notices"] == ()
 
 
 def poisoned_rank(rank: int, model: str, folder: str) -> str:

@@ -125,7 +125,7 @@ class Painter(Joined):
             for stage in ("denoise", "decode")
         ]
         files = [f"/pictures/{request['call']['prompt']}.png"] if self.seat.rank == 0 else []
-        value = {"files": files, "seed": request["seed"], "stages": stages}
+        value = {"files": files, "seed": request["seed"], "stages": stages, "notices": []}
         return Answer(value=value, pictures=answer.pictures if self.seat.rank == 0 else ())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 from vaepp_sdk.errors import PeerError
 
-__all__ = ["Pending", "Recv", "Send", "Traffic", "VaeGroup", "backend_of"]
+__all__ = ["TO_ALL", "Pending", "Recv", "Send", "Traffic", "VaeGroup", "Watch", "backend_of"]
+
+TO_ALL = -1
+"""The reader of a message that reaches every rank of the DiT group."""
 
 
 @attrs.frozen(eq=False)
@@ -83,6 +86,18 @@ class Pending:
         self._works, self._copies = [], []
 
 
+class Watch(Protocol):
+    """Told of every message of a group as it is posted."""
+
+    def passed(self, source: int, reader: int, nbytes: int) -> None:
+        """One message from one rank to another, or to all of the group: then `reader` is `TO_ALL`."""
+        ...
+
+    def posted(self, pending: Pending) -> None:
+        """Messages are under way."""
+        ...
+
+
 def _unwatched(done: int, total: int) -> None:
     """Progress that nobody watches."""
 
@@ -99,6 +114,7 @@ class VaeGroup:
         timeout: the limit of one wait.
         traffic: what this rank has sent.
         progress: told `(done, total)` as this rank works through its own pieces.
+        watch: told of every message, where anybody wants to know.
     """
 
     process_group: dist.ProcessGroup | None
@@ -108,6 +124,8 @@ class VaeGroup:
     timeout: timedelta
     traffic: Traffic = attrs.field(factory=Traffic)
     progress: Callable[[int, int], None] = _unwatched
+    watch: Watch | None = None
+    _shared: torch.Tensor | None = attrs.field(default=None, init=False)
 
     @classmethod
     def over(
@@ -152,9 +170,11 @@ class VaeGroup:
         for send in sends:
             if send.tensor.numel():
                 self.traffic.add(send.tensor)
+                self._note(self.rank, send.to, send.tensor)
                 operations.append(self._operation(dist.isend, self._staged(send.tensor), send.to))
         for recv in recvs:
             if recv.tensor.numel():
+                self._note(recv.source, self.rank, recv.tensor)
                 staged = self._staged(recv.tensor, copy=False)
                 if staged is not recv.tensor:
                     copies.append((recv.tensor, staged))
@@ -168,7 +188,10 @@ class VaeGroup:
             raise PeerError(self.rank, sorted(set(peers)), what, _first_line(error)) from error
         # NCCL returns one work for the whole batch, gloo one for each message.
         named = list(zip(works, peers, strict=False)) if len(works) == len(peers) else [(works[0], peers[0])]
-        return Pending(self, what, named, copies, operations[0].tensor.device)
+        pending = Pending(self, what, named, copies, operations[0].tensor.device)
+        if self.watch is not None:
+            self.watch.posted(pending)
+        return pending
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], what: str) -> None:
         """Post one batch of messages and wait for it; see `post`."""
@@ -184,6 +207,7 @@ class VaeGroup:
             return
         if self.rank == source:
             self.traffic.add(tensor, self.world_size - 1)
+        self._note(source, TO_ALL, tensor)
         staged = self._staged(tensor)
         try:
             work = dist.broadcast(staged, group=self.process_group, group_src=source, async_op=True)
@@ -209,6 +233,33 @@ class VaeGroup:
         self.exchange(sends, [Recv(found[peer], peer) for peer in others], what)
         return [found.get(peer, mine) for peer in range(ranks)]
 
+    def share(self, value: int, what: str) -> list[int]:
+        """Every rank's number, by rank, on every rank of the DiT group; all of them must call it.
+
+        Args:
+            value: this rank's, at least -1.
+            what: names the exchange in errors.
+
+        Raises:
+            PeerError: a rank is gone, or did not answer in time.
+        """
+        if self.world_size == 1:
+            return [value]
+        cuda = torch.device("cuda")
+        device = cuda if backend_of(self.process_group, cuda) == "nccl" else torch.device("cpu")
+        if self._shared is None:  # made once: ranks agree where there is no memory left
+            self._shared = torch.empty(self.world_size, dtype=torch.int64, device=device)
+        held = self._shared.fill_(-1)
+        held[self.rank] = value
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            work = dist.all_reduce(held, dist.ReduceOp.MAX, group=self.process_group, async_op=True)
+            assert work is not None
+            self.await_work(work, device)
+        except RuntimeError as error:
+            raise PeerError(self.rank, others, what, _first_line(error)) from error
+        return [int(one) for one in held.tolist()]
+
     def await_work(self, work: dist.Work, device: torch.device) -> None:
         """Wait for one work of this group on tensors of `device`, at most the group's time limit.
 
@@ -220,6 +271,10 @@ class VaeGroup:
             work.wait()
         else:
             work.wait(self.timeout)
+
+    def _note(self, source: int, reader: int, tensor: torch.Tensor) -> None:
+        if self.watch is not None:
+            self.watch.passed(source, reader, tensor.numel() * tensor.element_size())
 
     def _operation(self, kind: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         assert tensor.is_contiguous(), "messages are contiguous tensors"

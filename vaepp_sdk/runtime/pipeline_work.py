@@ -54,6 +54,7 @@ class PipelineWork:
             timeout=self._seat.timeout,
             observer=self._observe,
             store=self._store(),
+            sharers=self._seat.local_size,
         )
         self._executor.load()
 
@@ -62,7 +63,12 @@ class PipelineWork:
         result = self._executor.run(Request.from_dict(request))
         stages = [attrs.asdict(end) for end in (*self._loading, *result.stages)]
         self._loading = []
-        value = {"files": list(result.files), "seed": result.seed, "stages": stages}
+        value = {
+            "files": list(result.files),
+            "seed": result.seed,
+            "stages": stages,
+            "notices": list(result.notices),
+        }
         return Answer(value=value, pictures=result.images if self._hands_over else ())
 
     def close(self) -> None:

@@ -165,6 +165,14 @@ class VaeSpec:
     options: Mapping[str, Any] = attrs.field(
         factory=dict, metadata=about("Options of the named strategy; each strategy lists its own.")
     )
+    on_oom: str = attrs.field(
+        default="step_down",
+        metadata=about(
+            "Where a rank's memory is not enough for the VAE's work: all ranks step down together to a "
+            "lighter plan, or fail.",
+            choices=("step_down", "fail"),
+        ),
+    )
 
 
 @attrs.frozen
@@ -202,5 +210,6 @@ class LimitsSpec:
     load: float = attrs.field(default=3600.0, metadata=_seconds("For loading the model."))
     request: float = attrs.field(default=86400.0, metadata=_seconds("For one request, from prompt to saved."))
     exchange: float = attrs.field(
-        default=600.0, metadata=_seconds("For one exchange between ranks; more than the slowest step.")
+        default=600.0,
+        metadata=_seconds("For one exchange between ranks; more than the slowest step, and than a decode."),
     )

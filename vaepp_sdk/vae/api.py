@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from vaepp_sdk.parallel.view import VaeGroup, backend_of
 from vaepp_sdk.registry import Registry, default_registry
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.chooser import AUTO, StrategyChooser
+from vaepp_sdk.vae.descent import OnOom
 from vaepp_sdk.vae.plan import Output
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
@@ -30,6 +32,7 @@ def parallelize_vae(
     strategy: str = AUTO,
     output: Output = "all",
     timeout: timedelta = timedelta(minutes=10),
+    on_oom: OnOom = "step_down",
     registry: Registry | None = None,
     **strategy_options: Any,
 ) -> Any:
@@ -48,6 +51,8 @@ def parallelize_vae(
         output: where results land: `all`, `rank0` (others get an empty batch) or `sharded` (a
             `vaepp_sdk.vae.landing.ShardedSample` on every rank).
         timeout: the limit of one wait for other ranks.
+        on_oom: what happens where a rank's memory is not enough: all ranks `step_down` to a lighter plan
+            together, or `fail`.
         registry: where strategies and VAE classes are looked up; None is this process's own.
         strategy_options: options of the named strategy.
 
@@ -63,11 +68,13 @@ def parallelize_vae(
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
     if world_size > 1:
         # Before anything that one rank alone could refuse: a rank that raises must not leave others waiting.
-        settings = (type(vae).__name__, size, strategy, output, sorted(strategy_options.items()))
+        settings = (type(vae).__name__, size, strategy, output, on_oom, sorted(strategy_options.items()))
         _agree(repr(settings), group, timeout)
     size = _checked_size(size, world_size, group)
     if output not in ("rank0", "all", "sharded"):
         raise UnsupportedError(f"output is {output!r}; it must be 'rank0', 'all' or 'sharded'")
+    if on_oom not in ("step_down", "fail"):
+        raise UnsupportedError(f"on_oom is {on_oom!r}; it must be 'step_down' or 'fail'")
     named = registry.strategies.get(strategy)
     if size == 1 and (named is None or not named.serves_one_rank(strategy_options)):
         return vae
@@ -77,7 +84,10 @@ def parallelize_vae(
     if chooser.uses_tiling and not adapter.facts().use_tiling:
         _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
         adapter.vae.enable_tiling()
-    return ParallelVAE(adapter, VaeGroup.over(group, size, timeout), chooser, output)
+    view = VaeGroup.over(group, size, timeout)
+    # A launcher says how many ranks this machine has; without one it may have all of them.
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return ParallelVAE(adapter, view, chooser, output, on_oom=on_oom, sharers=sharers)
 
 
 def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.entries import PickRule, load_object
+from vaepp_sdk.entries import PickRule, Rung, load_object
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.options import option_faults
 from vaepp_sdk.registry import Registry
@@ -40,7 +40,7 @@ class StrategyChooser:
     pick: PickRule
     options: Mapping[str, Any] = attrs.field(factory=dict)
     _built: dict[str, Strategy[Any]] = attrs.field(factory=dict, init=False)
-    _plans: dict[tuple[VaeFacts, Work], tuple[Strategy[Any], WorkPlan]] = attrs.field(
+    _plans: dict[tuple[str, VaeFacts, Work], tuple[Strategy[Any], WorkPlan]] = attrs.field(
         factory=dict, init=False
     )
 
@@ -68,23 +68,64 @@ class StrategyChooser:
         Raises:
             UnsupportedError: this work or this VAE cannot be done; on every rank alike.
         """
-        key = (facts, work)
+        return self._planned(self.top(facts, work), adapter, facts, work)
+
+    def top(self, facts: VaeFacts, work: Work) -> Rung:
+        """The strategy that was asked for, or that the rule picks, with its options."""
+        name = self.pick(facts, work) if self.name == AUTO else self.name
+        return Rung(name, self.options)
+
+    def lighter(self, rung: Rung, facts: VaeFacts, work: Work) -> list[Rung]:
+        """The ways down that a strategy's entry names, as far as they are registered and validated here."""
+        rule = self.registry.strategy(rung.strategy).lighter
+        if rule is None:
+            return []
+        found = load_object(rule, f"strategy {rung.strategy!r}")(rung.options, facts, work)
+        known = set(self.allowed) & set(self.registry.strategies)
+        return [one for one in found if one.strategy in known]
+
+    def plan_rung(
+        self, rung: Rung, adapter: VaeAdapter, facts: VaeFacts, work: Work
+    ) -> tuple[Strategy[Any], WorkPlan]:
+        """As `plan`, with a named strategy; the VAE's tiling is on for one that works on tiles.
+
+        Raises:
+            UnsupportedError: this work or this VAE cannot be done so; on every rank alike.
+        """
+        entry = self.registry.strategy(rung.strategy)
+        faults = option_faults(entry, rung.options, "options")
+        if faults:
+            raise UnsupportedError("\n".join(str(fault) for fault in faults))
+        if entry.uses_tiling:
+            facts = attrs.evolve(facts, use_tiling=True)
+        return self._planned(rung, adapter, facts, work)
+
+    def _planned(
+        self, rung: Rung, adapter: VaeAdapter, facts: VaeFacts, work: Work
+    ) -> tuple[Strategy[Any], WorkPlan]:
+        key = (_name(rung), facts, work)
         if key not in self._plans:
-            name = self.pick(facts, work) if self.name == AUTO else self.name
-            strategy = self._strategy(name, adapter)
+            strategy = self._strategy(rung, adapter)
             self._plans[key] = (strategy, strategy.plan(facts, work))
         return self._plans[key]
 
-    def _strategy(self, name: str, adapter: VaeAdapter) -> Strategy[Any]:
-        if name not in self._built:
-            self._check_allowed(name)
-            factory = load_object(self.registry.strategy(name).factory, f"strategy {name!r}")
-            strategy: Strategy[Any] = factory(**self.options)
+    def _strategy(self, rung: Rung, adapter: VaeAdapter) -> Strategy[Any]:
+        key = _name(rung)
+        if key not in self._built:
+            self._check_allowed(rung.strategy)
+            entry = self.registry.strategy(rung.strategy)
+            factory = load_object(entry.factory, f"strategy {rung.strategy!r}")
+            strategy: Strategy[Any] = factory(**rung.options)
             strategy.check(adapter)
-            self._built[name] = strategy
-        return self._built[name]
+            self._built[key] = strategy
+        return self._built[key]
 
     def _check_allowed(self, name: str) -> None:
         if name not in self.allowed:
             allowed = ", ".join(self.allowed) or "none"
             raise UnsupportedError(f"strategy {name!r} is not validated here; validated: {allowed}")
+
+
+def _name(rung: Rung) -> str:
+    """A strategy with its options, as a key."""
+    return repr((rung.strategy, sorted(rung.options.items())))

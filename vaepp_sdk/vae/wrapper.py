@@ -13,10 +13,11 @@ from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.arguments import CallArguments, read_arguments
 from vaepp_sdk.vae.chooser import StrategyChooser
+from vaepp_sdk.vae.descent import Descent, OnOom, StepDown
 from vaepp_sdk.vae.facts import Direction
 from vaepp_sdk.vae.inputs import check_input
 from vaepp_sdk.vae.landing import Landed, ShardedSample
-from vaepp_sdk.vae.plan import Output, Work, WorkPlan
+from vaepp_sdk.vae.plan import Output, WorkPlan
 
 __all__ = ["ParallelVAE"]
 
@@ -33,22 +34,40 @@ class ParallelVAE(nn.Module):
         chooser: picks the strategy of each call.
         output: where results land. With `rank0`, other ranks get an empty batch, so that a pipeline's own
             post-processing yields no pictures there; with `sharded`, a `ShardedSample`.
+        on_oom: what happens where a rank's memory is not enough: `step_down` or `fail`.
+        sharers: ranks that share this host's memory.
 
     Attributes:
-        last_plan: the plan of the last call, or None.
+        descent: how calls are run, and what was done where memory was not enough.
     """
 
     def __init__(
-        self, adapter: VaeAdapter, group: VaeGroup, chooser: StrategyChooser, output: Output
+        self,
+        adapter: VaeAdapter,
+        group: VaeGroup,
+        chooser: StrategyChooser,
+        output: Output,
+        *,
+        on_oom: OnOom = "step_down",
+        sharers: int = 1,
     ) -> None:
         super().__init__()
         self.vae = adapter.vae
         self._adapter = adapter
         self._group = group
-        self._chooser = chooser
         self._output: Output = output
         self._busy = threading.Lock()
-        self.last_plan: WorkPlan | None = None
+        self.descent = Descent(group, chooser, output, on_oom, sharers=sharers)
+
+    @property
+    def last_plan(self) -> WorkPlan | None:
+        """The plan of the last call, or None."""
+        return self.descent.plan
+
+    @property
+    def steps_down(self) -> tuple[StepDown, ...]:
+        """What the last call did because memory was not enough."""
+        return self.descent.steps
 
     def __getattr__(self, name: str) -> Any:
         """Attributes the wrapper lacks are the wrapped VAE's."""
@@ -90,6 +109,7 @@ class ParallelVAE(nn.Module):
         Raises:
             TypeError: the wrapped class's `decode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            RankError: a rank's memory is not enough, whatever is tried; on every rank alike.
             PeerError: another rank is gone or did not answer in time.
         """
         call = read_arguments(self.vae.decode, type(self.vae).__name__, args, kwargs)
@@ -105,6 +125,7 @@ class ParallelVAE(nn.Module):
         Raises:
             TypeError: the wrapped class's `encode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            RankError: a rank's memory is not enough, whatever is tried; on every rank alike.
             PeerError: another rank is gone or did not answer in time.
         """
         call = read_arguments(self.vae.encode, type(self.vae).__name__, args, kwargs)
@@ -126,25 +147,9 @@ class ParallelVAE(nn.Module):
             value = call.value
             check_input(self._adapter.facts(), direction, value, self.vae)
             adapter = self._adapter.with_arguments(direction, call.further)
-            slices = value.split(1) if self._adapter.vae.use_slicing and value.shape[0] > 1 else [value]
-            return self._result([self._one(adapter, direction, part) for part in slices], value)
+            return self._result(self.descent.run(adapter, direction, value), value)
         finally:
             self._busy.release()
-
-    def _one(self, adapter: VaeAdapter, direction: Direction, value: torch.Tensor) -> Landed:
-        facts = adapter.facts()
-        work = Work(
-            direction=direction,
-            shape=tuple(value.shape),
-            itemsize=value.element_size(),
-            ranks=self._group.size,
-            world_size=self._group.world_size,
-            output=self._output,
-        )
-        strategy, plan = self._chooser.plan(adapter, facts, work)
-        self.last_plan = plan
-        run = strategy.decode if direction == "decode" else strategy.encode
-        return run(adapter, value, self._group, plan)
 
     def _result(self, landed: list[Landed], value: torch.Tensor) -> torch.Tensor | ShardedSample:
         """One result of all slices: the whole output, an empty batch, or this rank's pieces."""

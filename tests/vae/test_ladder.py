@@ -1,0 +1,174 @@
+"""The ways down, and the record of a plan's messages: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from vae_models import tiny_kl
+
+from vaepp_sdk.entries import Rung, StrategyEntry, load_object
+from vaepp_sdk.markers import hookimpl
+from vaepp_sdk.registry import Plugin, Registry
+from vaepp_sdk.vae.chooser import StrategyChooser
+from vaepp_sdk.vae.ladder import MAX_ATTEMPTS, Ladder, Step
+from vaepp_sdk.vae.ledger import Ledger
+from vaepp_sdk.vae.memory import host_room, is_out_of_memory
+from vaepp_sdk.vae.plan import EVERYONE, Move, Work
+
+
+def ways_of_mine(*_: Any) -> list[Rung]:
+    """One that nobody registers, one that does not fit the VAE, one that is no option, and one that works."""
+    return [
+        Rung("nobody's"),
+        Rung("tile", {"tile_size": 20}),
+        Rung("tile", {"tile_sise": 8}),
+        Rung("tile"),
+    ]
+
+
+class Strangers:
+    """Strategies of somebody else: one that names its ways down, and one that names none."""
+
+    VAEPP_API = 1
+
+    @hookimpl
+    def vaepp_register_strategies(self, register: Any) -> None:
+        for name, lighter in (("mine", ways_of_mine), ("mute", None)):
+            register(
+                StrategyEntry(
+                    name=name,
+                    factory="vaepp_strategies.shard_run:ShardStrategy",
+                    promise="none",
+                    validated_for=("AutoencoderKL",),
+                    lighter=lighter,
+                )
+            )
+
+
+def ladder(
+    strategy: str,
+    options: Mapping[str, Any] | None = None,
+    shape: tuple[int, ...] = (1, 16, 40, 32),
+    size: int = 2,
+) -> Ladder:
+    registry = Registry.load()
+    registry.add(Plugin("strangers", "test"), Strangers())
+    vae = tiny_kl(widths=(8, 16, 32, 32))
+    vae.enable_tiling()
+    entry = registry.vae(type(vae))
+    adapter = load_object(entry.adapter, "test")(vae)
+    chooser = StrategyChooser(registry, strategy, entry.strategies, entry.pick, options or {})
+    work = Work(direction="decode", shape=shape, itemsize=2, ranks=size, world_size=size, output="sharded")
+    return Ladder(chooser, adapter, adapter.facts(), work, shape[0])
+
+
+def walk(steps: Ladder, ranks: tuple[int, ...]) -> list[Step]:
+    """What is tried where nothing ever fits."""
+    tried = [steps.top()]
+    while (step := steps.next(tried, ranks)) is not None:
+        tried.append(step)
+    return tried
+
+
+BELOW_BLOCKS = ("shard 32 always", "tile", "tile 32", "tile 16")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "wanted"),
+    [
+        ("tile", {"tile_size": 64}, ["tile 32", "tile 16"]),
+        (
+            "shard",
+            {"row_blocks": 8},
+            ["shard 16", "shard 32", "shard 32 always", "tile", "tile 32", "tile 16"],
+        ),
+        ("patch", {"halo": 8}, [*(f"shard {count}" for count in (2, 4, 8, 16, 32)), *BELOW_BLOCKS]),
+        ("mine", {}, ["tile"]),
+        ("mute", {}, []),
+    ],
+)
+def test_the_order_is_the_one_that_is_documented(
+    strategy: str, options: dict[str, Any], wanted: list[str]
+) -> None:
+    rungs = [step.rung for step in ladder(strategy, options).below()]
+    assert [" ".join([rung.strategy, *map(str, rung.options.values())]) for rung in rungs] == wanted
+
+
+@pytest.mark.parametrize("strategy", ["tile", "patch", "shard", "mine", "mute"])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("size", [1, 3])
+def test_three_attempts_at_most_and_no_plan_twice(strategy: str, batch: int, size: int) -> None:
+    steps = ladder(strategy, shape=(batch, 16, 40, 32), size=size)
+    for ranks in ((0,), (size - 1,), tuple(range(size))):
+        tried = walk(steps, ranks)
+        assert len(tried) <= MAX_ATTEMPTS
+        assert len({step.key for step in tried}) == len(tried)
+        if len(tried) == MAX_ATTEMPTS:
+            first, second, third = (step.peak(ranks) for step in tried)
+            assert first > 0
+            lightest = min(step.peak(ranks) for step in steps.below())
+            assert 2 * second <= first or second == lightest
+            assert third == lightest or second == lightest
+
+
+def test_fewer_pictures_come_last() -> None:
+    assert [step.images for step in ladder("mute", shape=(7, 16, 16, 16)).below()] == [4, 2, 1]
+    *_, last = ladder("tile", shape=(5, 16, 16, 16)).below()
+    assert str(last) == "strategy 'tile' (tile_size = 16), 1 of 5 pictures at a time"
+
+
+def test_what_fits_is_found_by_each_ranks_own_room() -> None:
+    steps = ladder("shard")
+    top = steps.top()
+    assert steps.fitting([None, None]).key == steps.fitting([10**12, 10**12]).key == top.key
+    found = steps.fitting([10**12, top.plan.peak_bytes[1] - 1])
+    assert found.plan.peak_bytes[1] < top.plan.peak_bytes[1]
+    assert found.key == next(
+        step.key for step in steps.below() if step.fits([None, top.plan.peak_bytes[1] - 1])
+    )
+    lightest = steps.fitting([0, 0])
+    assert lightest.peak() == min(step.peak() for step in steps.below())
+
+
+def test_the_ledger_knows_what_is_left() -> None:
+    moves = (
+        Move(0, "seam", 0, 1, 8),
+        Move(0, "seam", 1, 0, 4),
+        Move(0, "seam", 0, 1, 16),
+        Move(1, "seam", 2, 1, 9),  # not this rank's
+        Move(2, "output", 1, EVERYONE, 32),
+    )
+    ledger = Ledger(moves, 0)
+    ledger.passed(0, 1, 8)
+    ledger.passed(1, 0, 4)
+    assert ledger.exact
+    assert [left.nbytes for left in ledger.left()] == [16, 32]
+    ledger.passed(0, 1, 16)
+    ledger.passed(1, EVERYONE, 32)
+    assert ledger.exact
+    assert ledger.left() == []
+
+
+@pytest.mark.parametrize(("source", "reader", "nbytes"), [(0, 1, 16), (1, 0, 8), (0, 2, 8), (0, EVERYONE, 8)])
+def test_a_message_that_is_not_next_spoils_the_ledger(source: int, reader: int, nbytes: int) -> None:
+    ledger = Ledger((Move(0, "seam", 0, 1, 8), Move(1, "seam", 0, 1, 16)), 0)
+    ledger.passed(source, reader, nbytes)
+    assert not ledger.exact
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)  # the CPU's own refusal
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_host_has_room() -> None:
+    free = host_room()
+    assert free is None or free > 2**20
