@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import attrs
 import torch
-from pipeline_jobs import loaded, resolved_for, run
+from pipeline_jobs import CALL, loaded, resolved_for, run
 from torch.distributed import distributed_c10d
 
 from vaepp_sdk.decoding import Decoder
@@ -63,13 +63,21 @@ def made(executor: Executor, resolved: Resolved, call: Call) -> Made:
 
 
 def layout_rank(
-    rank: int, model: str, layouts: Sequence[Mapping[str, int]], calls: Sequence[Call]
+    rank: int, model: str, layouts: Sequence[Mapping[str, int]], calls: Sequence[Call], base: Call = CALL
 ) -> list[dict[str, Any]]:
-    """Run the calls on each layout; every rank decodes everything."""
+    """Run the calls on each layout; every rank decodes everything.
+
+    Args:
+        rank: this rank.
+        model: the checkpoint.
+        layouts: the `[parallel]` tables.
+        calls: what replaces arguments of `base`.
+        base: the `[call]` table.
+    """
     found = []
     for sizes in layouts:
         before = len(distributed_c10d._world.pg_map)
-        resolved = resolved_for(model, parallel=dict(sizes), vae={"output": "all"})
+        resolved = resolved_for(model, parallel=dict(sizes), vae={"output": "all"}, call=dict(base))
         executor = loaded(resolved)
         made_groups = len(distributed_c10d._world.pg_map) - before
         results = [made(executor, resolved, call) for call in calls]

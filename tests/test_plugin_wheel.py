@@ -89,7 +89,7 @@ def test_the_plugin_is_listed_with_its_package(environment: dict[str, str]) -> N
     assert {"name": "example", "distribution": "vaepp-example 0.1.0", "problem": None} in found["plugins"]
     assert "whole" in found["strategies"]
     assert "whole" in found["allowlist"]["ZImagePipeline"]
-    assert found["allowlist"]["FluxPipeline"] == ["tile", "whole"]
+    assert found["allowlist"]["AuraFlowPipeline"] == ["tile", "whole"]
 
 
 def test_its_strategy_decodes_a_built_in_pipeline(environment: dict[str, str], tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_its_strategy_decodes_a_built_in_pipeline(environment: dict[str, str], t
 
 
 def test_its_pipeline_runs_on_two_ranks_and_is_observed(environment: dict[str, str], tmp_path: Path) -> None:
-    from diffusers import FluxPipeline
-    from tiny_flux import build as build_flux
+    from diffusers import AuraFlowPipeline
+    from tiny_aura_flow import build as build_aura_flow
 
-    model = tmp_path / "flux"
-    build_flux(model)
+    model = tmp_path / "aura_flow"
+    build_aura_flow(model)
     log = Path(environment["VAEPP_EXAMPLE_LOG"])
     log.unlink(missing_ok=True)
     found = run(environment, "--json", str(spec(tmp_path, model, "tile")))
@@ -116,7 +116,7 @@ def test_its_pipeline_runs_on_two_ranks_and_is_observed(environment: dict[str, s
     for rank in (0, 1):
         assert [stage["stage"] for stage in stages if stage["rank"] == rank] == wanted
 
-    pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe = AuraFlowPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_tiling()
     alone = pipe(

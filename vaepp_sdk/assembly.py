@@ -17,7 +17,7 @@ from vaepp_sdk.dit.loading import load_sharded
 from vaepp_sdk.dit.lora import fuse_adapters
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.dit.spread import spread, stage_of
+from vaepp_sdk.dit.spread import spread, stages_of
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.offload import pin_device
@@ -125,8 +125,8 @@ def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype)
     if lacking:
         raise UnsupportedError(f"no plugin says how to split {resolved.pipeline_class} by {lacking[0]}")
     tensor = Row.over(group.axis("tensor"))
-    stage = stage_of(dit, group) if dit is not None else None
-    if dit is None or (tensor.size == 1 and stage is None):
+    stages = stages_of(dit, group) if dit is not None else ()
+    if dit is None or (tensor.size == 1 and not stages):
         return {}
     model = load_sharded(
         _component_class(resolved.model_path, dit.component),
@@ -136,7 +136,7 @@ def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype)
         dtype=dtype,
         device=torch.device("cpu") if moves_by_stage(resolved, group) else group.device,
         variant=resolved.spec.model.variant,
-        stage=stage,
+        stages=stages,
         adapters=resolved.spec.model.lora,
     )
     return {dit.component: model}

@@ -13,7 +13,7 @@ from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.spec.classes import MAX_RANKS
 
-__all__ = ["dit_faults"]
+__all__ = ["dit_faults", "excluded_faults"]
 
 _KEYS: Mapping[str, str] = {
     "data": "data_parallel_size",
@@ -41,6 +41,20 @@ def dit_faults(
             faults.append(_lacking(axis, dims.sizes[axis], plan, folder.pipeline_class, registry))
         elif axis in _RULES:
             faults += _RULES[axis](dims, plan, folder)
+    return faults
+
+
+def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntry | None) -> list[Fault]:
+    """Every argument of a call that does not work on a layout."""
+    plan = entry.dit if entry is not None and entry.dit is not None else DiTPlan()
+    faults = []
+    for name, excluded in plan.excludes.items():
+        axes = [axis for axis in dims.active if axis in excluded]
+        if axes and call.get(name) is not None:
+            keys = " and ".join(f"{_KEYS[axis]}={dims.sizes[axis]}" for axis in axes)
+            rest = ", ".join(axis for axis in plan.axes if axis not in excluded)
+            fix = f"leave it out, or use other dimensions: {rest}"
+            faults.append(Fault(f"$.call.{name}", f"it does not work with {keys}", fix))
     return faults
 
 

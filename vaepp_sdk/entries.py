@@ -141,15 +141,22 @@ class TensorPlan:
         rowwise: linear layers split by input features; their outputs are summed over the ranks.
         head_attributes: integer attributes of a block's submodules to divide by the number of ranks, as in
             `attention.heads`.
-        widths: what must divide by the number of ranks: a name for the message, and the rule that reads the
-            width from the component's `config.json`.
+        widths: what must divide by the number of ranks, in `further` too: a name for the message, and the
+            rule that reads the width from the component's `config.json`.
+        packed: of the layers above those whose features are several parts one after another, each of which
+            is split by itself; the rule reads the parts' widths from `config.json`.
+        optional: of the names above those that some blocks lack.
+        further: the plans of lists whose blocks are built in another way.
     """
 
     blocks: tuple[str, ...]
     colwise: tuple[str, ...]
     rowwise: tuple[str, ...]
     head_attributes: tuple[str, ...]
-    widths: Mapping[str, Callable[[Mapping[str, Any]], int]]
+    widths: Mapping[str, Callable[[Mapping[str, Any]], int]] = attrs.field(factory=dict)
+    packed: Mapping[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = attrs.field(factory=dict)
+    optional: tuple[str, ...] = ()
+    further: tuple[TensorPlan, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -174,12 +181,20 @@ class ChainPlan:
         batched: the arguments that hold a batch along their first dimension, where they are tensors.
         sequence: the arguments that hold the sequence, and the dimension it lies on; those of one token are
             worked on alone everywhere but in attention.
+        joins: the carried sequences that attention sees one after another, once for each kind of attention
+            in a block; left out, all of them in their order.
+        joined: the arguments that hold something for every token of the first of `joins`, as positions do,
+            and the dimension it lies on.
+        dropped: the carried arguments that the last block does not return; it gives None in their place.
     """
 
     blocks: str
     carried: tuple[str, ...]
     batched: tuple[str, ...]
     sequence: Mapping[str, int]
+    joins: tuple[tuple[str, ...], ...] = ()
+    joined: Mapping[str, int] = attrs.field(factory=dict)
+    dropped: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -201,11 +216,19 @@ class PipelinePlan:
 
     Attributes:
         chain: the list of blocks that is dealt over the ranks in runs; all else runs on every rank.
-        layers: reads the number of these blocks from the component's `config.json`.
+        layers: reads the number of these blocks from the component's `config.json`; that of the shortest
+            list, where `further` names others.
+        further: lists behind it that are dealt over the same ranks, each by itself.
     """
 
     chain: ChainPlan
     layers: Callable[[Mapping[str, Any]], int]
+    further: tuple[ChainPlan, ...] = ()
+
+    @property
+    def chains(self) -> tuple[ChainPlan, ...]:
+        """All lists."""
+        return self.chain, *self.further
 
 
 @attrs.frozen(kw_only=True)
@@ -219,6 +242,8 @@ class DiTPlan:
         sequence: for `ulysses_degree` and `ring_degree`.
         pipeline: for `pipeline_parallel_size`.
         data: for `data_parallel_size`: whether the stages take lists of prompts and one generator a picture.
+        excludes: arguments of the pipeline's call that do not work together with some dimensions, and which,
+            as `vaepp_sdk.parallel.dims.AXES` names them.
     """
 
     component: str = "transformer"
@@ -227,6 +252,7 @@ class DiTPlan:
     sequence: SequencePlan | None = None
     pipeline: PipelinePlan | None = None
     data: bool = False
+    excludes: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.call_rules import request_faults
+from vaepp_sdk.dit_rules import excluded_faults
 from vaepp_sdk.errors import SpecError
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.spec.calls import copied
@@ -71,6 +72,7 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
     """
     call = {**resolved.spec.call, **overrides}
     faults = request_faults(call, resolved.signature, resolved.pipeline_class)
+    faults += excluded_faults(resolved.dims, call, resolved.entry)
     if faults:
         raise SpecError(faults, f"request {number}")
     seed = call.pop("seed", None)

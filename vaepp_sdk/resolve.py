@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.call_rules import request_faults
-from vaepp_sdk.dit_rules import dit_faults
+from vaepp_sdk.dit_rules import dit_faults, excluded_faults
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
 from vaepp_sdk.model_folder import fetch_weights, open_model
@@ -112,6 +112,7 @@ def resolve(
         signature = _signature(folder.pipeline_class, entry)
         dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
+        faults += excluded_faults(dims, spec.call, entry)
         faults += vae_faults(spec.vae, size, entry, registry)
         faults += model_faults(spec.model, dims, folder.pipeline_class, entry)
         if signature is not None:

@@ -78,7 +78,7 @@ def test_weights_of_other_stages_are_never_read(tiny_model: Path, monkeypatch: p
         Row(None, 0, 1),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        stage=Stage(PLAN, Row(None, 1, 2)),
+        stages=(Stage(PLAN, Row(None, 1, 2)),),
     )
     assert layers_of(read) == layers_of(list(model.state_dict())) == {1}
     assert sorted(read) == sorted(model.state_dict())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vaepp_sdk.dit.ring import merged, partial_attention
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.dit.sequence import SequenceSplit, SplitAttention
+from vaepp_sdk.dit.sequence import Joined, SequenceSplit, SplitAttention
 from vaepp_sdk.testing import run_ranks
 
 
@@ -37,7 +37,7 @@ def attention_rank(rank: int, ulysses: int, ring: int) -> list[float]:
     query, key, value = torch.randn(3, 2, 3, length, 8)
     for mask in masks(length).values():
         whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        with SplitAttention(split, split.parts(length)), traffic() as seen:
+        with SplitAttention(split, [Joined((split.parts(length),))]), traffic() as seen:
             own = [split.cut(tensor, 2) for tensor in (query, key, value)]
             mine = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask)
         assert len(seen["ring"]) == ring - 1, "keys and values pass each rank once"

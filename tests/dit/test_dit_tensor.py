@@ -92,7 +92,7 @@ def biased_layers(group: Row) -> float:
     whole, cut, value = Biased(), Biased(), torch.randn(3, 6)
     shards = shard_modules(cut, PLAN, group)
     state = {
-        key: tensor[shards[key].slices] if key in shards else tensor
+        key: shards[key].read(tensor) if key in shards else tensor
         for key, tensor in whole.state_dict().items()
     }
     assert set(shards) == {"blocks.0.up.weight", "blocks.0.up.bias", "blocks.0.down.weight"}

@@ -13,7 +13,7 @@ from pipeline_jobs import loaded, resolved_for, run
 from torch.nn import functional as F
 
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.dit.sequence import SequenceSplit, SplitAttention
+from vaepp_sdk.dit.sequence import Joined, SequenceSplit, SplitAttention
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.testing import run_ranks
 
@@ -27,7 +27,7 @@ def attention_rank(rank: int, size: int) -> dict[str, Any]:
         query, key, value = torch.randn(3, 2, heads, length, 8)
         mask = (torch.rand(2, 1, 1, length) > 0.3) if masked else None
         whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        with SplitAttention(split, split.parts(length)) as mode:
+        with SplitAttention(split, [Joined((split.parts(length),))]) as mode:
             own = [split.cut(tensor, 2) for tensor in (query, key, value)]
             found = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask)
         assert mode.calls == 1
@@ -76,7 +76,7 @@ def test_what_cannot_be_split_is_refused() -> None:
     query = torch.randn(1, 2, 4, 8)
     for settings in ({"is_causal": True}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}):
         with (
-            SplitAttention(split, (4, 4)),
+            SplitAttention(split, [Joined(((4, 4),))]),
             pytest.raises(UnsupportedError, match="this attention is another"),
         ):
             F.scaled_dot_product_attention(query, query, query, **settings)

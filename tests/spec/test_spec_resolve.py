@@ -53,18 +53,18 @@ def test_the_plain_case(model: Path) -> None:
 
 
 def test_not_allowlisted_is_said_in_the_guides_words_and_goes_on(tmp_path: Path) -> None:
-    other = model_folder(tmp_path / "flux", "FluxPipeline")
+    other = model_folder(tmp_path / "sdxl", "StableDiffusionXLPipeline")
     found = resolved(other, parallel=sizes(1, 2))
     expected = (
-        "vae_patch_parallel_size=2 is set but VAE patch parallelism is only enabled for ZImagePipeline; "
-        "ignoring."
+        "vae_patch_parallel_size=2 is set but VAE patch parallelism is only enabled for "
+        f"{', '.join(sorted(REGISTRY.pipelines))}; ignoring."
     )
     assert found.notices == (expected,)
     assert (found.entry, found.vae_size, found.use_tiling) == (None, 1, None)
 
 
 def test_not_allowlisted_with_no_allowlist_at_all(tmp_path: Path) -> None:
-    other = model_folder(tmp_path / "flux", "FluxPipeline")
+    other = model_folder(tmp_path / "sdxl", "StableDiffusionXLPipeline")
     notices = resolved(other, registry=Registry(), parallel=sizes(1, 2)).notices
     assert "only enabled for no pipeline; ignoring." in notices[0]
 
@@ -266,10 +266,11 @@ def test_tensor_sizes_that_do_not_divide(model: Path, tmp_path: Path) -> None:
 
 
 def test_tensor_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
-    other = model_folder(tmp_path / "flux", "FluxPipeline")
+    other = model_folder(tmp_path / "sdxl", "StableDiffusionXLPipeline")
     (fault,) = refused(other, parallel=sizes(2, 1))
     assert fault.endswith(
-        "no plugin says how to split FluxPipeline by tensor; write 1; ZImagePipeline can be split by tensor"
+        "no plugin says how to split StableDiffusionXLPipeline by tensor; write 1; "
+        f"{', '.join(sorted(REGISTRY.pipelines))} can be split by tensor"
     )
 
 
@@ -288,9 +289,9 @@ def test_call_is_checked_before_anything_is_loaded(model: Path, tmp_path: Path) 
         "$.call.latents: it takes an object that no spec can write; leave it out",
         '$.call.sigmas: found "x"; it must be a list, each item a number',
     ]
-    other = model_folder(tmp_path / "flux", "FluxPipeline")
+    other = model_folder(tmp_path / "sdxl", "StableDiffusionXLPipeline")
     assert refused(other, call={"cfg_truncation": 1.0})[0].startswith(
-        "$.call.cfg_truncation: FluxPipeline takes"
+        "$.call.cfg_truncation: StableDiffusionXLPipeline takes"
     )
 
 

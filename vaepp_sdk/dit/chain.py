@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from vaepp_sdk.dit.line import Elsewhere, Stage
-from vaepp_sdk.dit.sequence import SequenceSplit, SplitAttention
+from vaepp_sdk.dit.line import Carried, Elsewhere, Stage
+from vaepp_sdk.dit.sequence import Joined, SequenceSplit, SplitAttention
 from vaepp_sdk.entries import ChainPlan
 from vaepp_sdk.errors import UnsupportedError
 
@@ -50,34 +50,51 @@ class Chain(nn.ModuleList):
         lengths = {
             name: arguments[name].shape[dim] for name, dim in plan.sequence.items() if name in plan.carried
         }
+        attention: Any = nullcontext()
         if split is not None:
-            for name, dim in plan.sequence.items():
-                arguments[name] = split.cut(arguments.get(name), dim)
-        attention = SplitAttention(split, self._parts(lengths)) if split is not None else nullcontext()
+            arguments = self._cut(arguments, lengths)
+            attention = SplitAttention(split, self._layouts(lengths))
         with attention:
             carried = self._stage.run(arguments, self._blocks) if self._stage else self._blocks(arguments)
         if split is not None:
             self._check(attention)
             carried = tuple(
-                split.gather(value, plan.sequence[name], lengths[name], f"{name} after {plan.blocks}")
+                None
+                if value is None
+                else split.gather(value, plan.sequence[name], lengths[name], f"{name} after {plan.blocks}")
                 for name, value in zip(plan.carried, carried, strict=True)
             )
         return carried[0] if len(carried) == 1 else carried
 
-    def _blocks(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def _blocks(self, arguments: dict[str, Any]) -> Carried:
         """Run this rank's blocks."""
-        carried: tuple[torch.Tensor, ...] = ()
+        carried: Carried = ()
         for block in self._own:
             made = block(**arguments)
             carried = (made,) if isinstance(made, torch.Tensor) else tuple(made)
             arguments = arguments | dict(zip(self._plan.carried, carried, strict=True))
         return carried
 
-    def _parts(self, lengths: dict[str, int]) -> tuple[int, ...]:
-        """How much of the joined sequence each rank has."""
+    def _cut(self, arguments: dict[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+        """This rank's part of the arguments."""
         assert self._split is not None
-        cut = [self._split.parts(length) for length in lengths.values()]
-        return tuple(map(sum, zip(*cut, strict=True)))
+        own = dict(arguments)
+        for name, dim in self._plan.sequence.items():
+            own[name] = self._split.cut(arguments.get(name), dim)
+        for name, dim in self._plan.joined.items():
+            joined = [lengths[sequence] for sequence in self._joins[0]]
+            own[name] = self._split.cut_joined(arguments.get(name), dim, joined)
+        return own
+
+    @property
+    def _joins(self) -> tuple[tuple[str, ...], ...]:
+        return self._plan.joins or (self._plan.carried,)
+
+    def _layouts(self, lengths: Mapping[str, int]) -> list[Joined]:
+        """How the sequences lie on the ranks that each kind of attention sees."""
+        assert self._split is not None
+        parts = {name: self._split.parts(length) for name, length in lengths.items()}
+        return [Joined(tuple(parts[name] for name in names)) for names in self._joins]
 
     def _check(self, attention: Any) -> None:
         if attention.calls < len(self._own):

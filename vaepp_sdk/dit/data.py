@@ -48,8 +48,10 @@ class Replicas:
         whole = own.start % each == 0 and len(own) % each == 0
         chosen = [number // each for number in (own[::each] if whole else own)]
         dealt = {**call, "prompt": [prompts[index] for index in chosen]}
-        if isinstance(call.get("negative_prompt"), list):
-            dealt["negative_prompt"] = [call["negative_prompt"][index] for index in chosen]
+        for key in set(call) - {"prompt"}:
+            # Second prompts, as for a second text encoder, and negative ones.
+            if key.startswith(("prompt", "negative_prompt")) and isinstance(call[key], list):
+                dealt[key] = [call[key][index] for index in chosen]
         if "num_images_per_prompt" in call and not whole:
             dealt["num_images_per_prompt"] = 1
         return dealt

@@ -19,7 +19,10 @@ from vaepp_sdk.dit.row import Row, even_parts
 from vaepp_sdk.entries import ChainPlan
 from vaepp_sdk.errors import UnsupportedError
 
-__all__ = ["Elsewhere", "RowsInPlace", "Stage"]
+__all__ = ["Carried", "Elsewhere", "RowsInPlace", "Stage"]
+
+Carried = tuple[torch.Tensor | None, ...]
+"""What a list of blocks makes of its carried arguments; None for those that its last block drops."""
 
 
 class Elsewhere(nn.Module):
@@ -89,8 +92,8 @@ class Stage:
     def run(
         self,
         arguments: Mapping[str, Any],
-        work: Callable[[dict[str, Any]], tuple[torch.Tensor, ...]],
-    ) -> tuple[torch.Tensor, ...]:
+        work: Callable[[dict[str, Any]], Any],
+    ) -> Carried:
         """Run all layers, this rank its own ones, and give every rank what the last layer makes.
 
         The batch goes through in parts, so that the stages work at the same time.
@@ -110,7 +113,7 @@ class Stage:
             sends += self._sent(made[-1])
         for sending in sends:
             sending.wait()
-        return self._shared([torch.cat(parts) for parts in zip(*made, strict=True)])
+        return self._shared(dict(zip(self.plan.carried, zip(*made, strict=True), strict=True)))
 
     def _narrowed(self, arguments: Mapping[str, Any], start: int, length: int) -> dict[str, Any]:
         return {
@@ -138,7 +141,11 @@ class Stage:
             for name, value in zip(self.plan.carried, made, strict=True)
         ]
 
-    def _shared(self, made: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        for name, value in zip(self.plan.carried, made, strict=True):
+    def _shared(self, made: Mapping[str, tuple[torch.Tensor, ...]]) -> Carried:
+        """What the last stage made, on every rank; None for what its last block drops."""
+        whole: dict[str, torch.Tensor | None] = dict.fromkeys(made)
+        for name in (name for name in made if name not in self.plan.dropped):
+            value = torch.cat(made[name])
             self.row.broadcast(value, self.row.size - 1, f"last {name} of {self.plan.blocks}")
-        return tuple(made)
+            whole[name] = value
+        return tuple(whole.values())

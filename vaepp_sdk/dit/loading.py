@@ -34,7 +34,7 @@ def load_sharded(
     dtype: torch.dtype,
     device: torch.device,
     variant: str | None = None,
-    stage: Stage | None = None,
+    stages: Sequence[Stage] = (),
     adapters: Sequence[Adapter] = (),
 ) -> Any:
     """Build a model that holds this rank's slices, of this rank's layers, only.
@@ -47,7 +47,7 @@ def load_sharded(
         dtype: of the weights, but for those the class keeps in float32.
         device: where they go.
         variant: as in diffusers' `from_pretrained`.
-        stage: which layers this rank holds; None for all.
+        stages: of each list of layers that other ranks hold some of, which ones this rank holds.
         adapters: LoRA adapters to fuse.
 
     Returns:
@@ -66,7 +66,8 @@ def load_sharded(
         model = model_class.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     shards = shard_modules(model, plan, group) if plan is not None else {}
-    files, elsewhere = weight_files(folder, variant), stage.keep_own(model) if stage is not None else ()
+    files = weight_files(folder, variant)
+    elsewhere = tuple(prefix for stage in stages for prefix in stage.keep_own(model))
     own = {key: path for key, path in files.items() if not key.startswith(elsewhere)}
     state = _read(shards, own, _dtypes(model_class, dtype), device)
     _check_names(model, set(state), folder)
@@ -128,7 +129,7 @@ def _parts(files: Mapping[str, Path], shards: Mapping[str, Shard]) -> Iterator[t
         # Opened anew for each weight: the pages of an open file that were read count as this rank's memory.
         with safe_open(path, framework="pt") as file:
             if key in shards:
-                yield key, file.get_slice(key)[shards[key].slices]
+                yield key, shards[key].read(file.get_slice(key))
             else:
                 yield key, file.get_tensor(key)
 

@@ -65,8 +65,9 @@ def fuse_adapters(
 
 def _add(weight: torch.Tensor, pair: _Pair, strength: float, shard: Shard | None) -> None:
     """Add a change, or this rank's part of it, in float32."""
-    rows, columns = (*(shard.slices if shard is not None else ()), slice(None), slice(None))[:2]
-    up, down = (part.to(weight.device, torch.float32) for part in (pair.up[rows], pair.down[:, columns]))
+    up = pair.up if shard is None or shard.dim == 1 else shard.read(pair.up)
+    down = pair.down if shard is None or shard.dim == 0 else shard.read(pair.down)
+    up, down = (part.to(weight.device, torch.float32) for part in (up, down))
     weight.copy_(weight.float() + (pair.scale * strength) * (up @ down))
 
 

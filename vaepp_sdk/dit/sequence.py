@@ -6,7 +6,7 @@ Ulysses row hold neighbouring parts of the sequence, and the rings run over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,7 +18,7 @@ from vaepp_sdk.dit.ring import ring_attention
 from vaepp_sdk.dit.row import Row, even_parts
 from vaepp_sdk.errors import UnsupportedError
 
-__all__ = ["SequenceSplit", "SplitAttention"]
+__all__ = ["Joined", "SequenceSplit", "SplitAttention"]
 
 
 @attrs.frozen(eq=False)
@@ -65,6 +65,14 @@ class SequenceSplit:
         parts = self.parts(value.shape[dim])
         return value.narrow(dim, sum(parts[: self.index]), parts[self.index]).contiguous()
 
+    def cut_joined(self, value: Any, dim: int, lengths: Sequence[int]) -> Any:
+        """This rank's part of each of several sequences that lie one after another; else as `cut`."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.cut_joined(item, dim, lengths) for item in value)
+        if value is None:
+            return None
+        return torch.cat([self.cut(piece, dim) for piece in value.split(list(lengths), dim)], dim)
+
     def gather(self, tensor: torch.Tensor, dim: int, length: int, what: str) -> torch.Tensor:
         """The whole sequence, of `length`, from the parts on all ranks."""
         rows = self.rows(self.parts(length))
@@ -77,20 +85,64 @@ class SequenceSplit:
         return [parts[start : start + size] for start in range(0, len(parts), size)]
 
 
+@attrs.frozen
+class Joined:
+    """Sequences that attention sees one after another.
+
+    A rank has its part of each, one after another too. So what several ranks have is in another order than
+    the whole is, and attention must work on the whole's: else its sums would round otherwise, and masks not
+    fit.
+
+    Attributes:
+        parts: of each sequence, the lengths of its parts on all ranks.
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+
+    def own(self, rank: int) -> int:
+        """How many tokens the rank at a place has."""
+        return sum(part[rank] for part in self.parts)
+
+    def by_sequence(self, tensor: torch.Tensor, dim: int, ranks: range) -> torch.Tensor:
+        """From the order of some ranks' parts to that of the whole."""
+        lengths = [part[rank] for rank in ranks for part in self.parts]
+        return _interleaved(tensor, lengths, len(self.parts), dim)
+
+    def by_rank(self, tensor: torch.Tensor, dim: int, ranks: range) -> torch.Tensor:
+        """The way back."""
+        lengths = [part[rank] for part in self.parts for rank in ranks]
+        return _interleaved(tensor, lengths, len(ranks), dim)
+
+    def by_rows(self, mask: torch.Tensor, rows: Sequence[range]) -> torch.Tensor:
+        """A mask over all keys, in the order in which rows of ranks hold them."""
+        lengths = [sum(part[rank] for rank in row) for part in self.parts for row in rows]
+        return _interleaved(mask, lengths, len(rows), -1)
+
+
+def _interleaved(tensor: torch.Tensor, lengths: list[int], step: int, dim: int) -> torch.Tensor:
+    """Of pieces of a tensor, the first of every `step`, then the second ones, and so on."""
+    if step in (1, len(lengths)):
+        return tensor
+    pieces = tensor.split(lengths, dim)
+    return torch.cat([piece for start in range(step) for piece in pieces[start::step]], dim)
+
+
 class SplitAttention(TorchFunctionMode):
     """Inside its block, scaled-dot-product attention sees the sequence of all ranks.
 
     So the processors of a model stay its own: whatever they do around attention works on one token at a time.
 
     Args:
-        split: how the sequence lies on the ranks.
-        parts: the lengths of its parts.
+        split: the ranks.
+        layouts: how the sequences lie on them that each kind of attention sees; told apart by their length.
     """
 
-    def __init__(self, split: SequenceSplit, parts: tuple[int, ...]) -> None:
+    def __init__(self, split: SequenceSplit, layouts: Sequence[Joined]) -> None:
         super().__init__()
         self._split = split
-        self._rows = split.rows(parts)
+        self._layouts = {layout.own(split.index): layout for layout in layouts}
+        size = split.ulysses.size
+        self._rows = [range(start * size, (start + 1) * size) for start in range(split.ring.size)]
         self.calls = 0
 
     def __torch_function__(
@@ -117,39 +169,41 @@ class SplitAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        same = query.shape == key.shape == value.shape
+        layout = self._layouts.get(query.shape[2])
+        same = query.shape == key.shape == value.shape and layout is not None
         rows_of_mask = 1 if attn_mask is None else attn_mask.shape[-2]
         if dropout_p or is_causal or enable_gqa or not same or rows_of_mask != 1:
             raise UnsupportedError(
                 "ulysses and ring split self-attention with masks over keys only; this attention is another"
             )
+        assert layout is not None
         ulysses, ring = self._split.ulysses, self._split.ring
         heads = query.shape[1]
         if ulysses.size > 1:
-            query, key, value = self._to_heads(query, key, value)
+            query, key, value = self._to_heads(layout, query, key, value)
         if ring.size > 1:
-            lengths = [sum(row) for row in self._rows]
-            found = ring_attention(query, key, value, attn_mask, scale, ring, lengths)
+            lengths = [sum(map(layout.own, row)) for row in self._rows]
+            mask = None if attn_mask is None else layout.by_rows(attn_mask, self._rows)
+            found = ring_attention(query, key, value, mask, scale, ring, lengths)
         else:
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-        return self._to_parts(found, heads) if ulysses.size > 1 else found
+        return self._to_parts(layout, found, heads) if ulysses.size > 1 else found
 
-    def _to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _to_heads(self, layout: Joined, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From all heads of this rank's part to its own heads of the whole row's parts."""
-        row = self._split.ulysses
+        row, ranks = self._split.ulysses, self._rows[self._split.ring.index]
         packed = torch.stack(tensors)
         kinds, batch, heads, _, width = packed.shape
         counts = even_parts(heads, row.size)
-        shapes = [
-            (kinds, batch, counts[row.index], length, width) for length in self._rows[self._split.ring.index]
-        ]
+        shapes = [(kinds, batch, counts[row.index], layout.own(rank), width) for rank in ranks]
         arrived = row.exchange(packed.split(counts, dim=2), shapes, "heads for attention")
-        return torch.cat(arrived, dim=3).unbind(0)
+        return layout.by_sequence(torch.cat(arrived, dim=3), 3, ranks).unbind(0)
 
-    def _to_parts(self, found: torch.Tensor, heads: int) -> torch.Tensor:
+    def _to_parts(self, layout: Joined, found: torch.Tensor, heads: int) -> torch.Tensor:
         """The way back."""
-        row = self._split.ulysses
-        lengths = self._rows[self._split.ring.index]
+        row, ranks = self._split.ulysses, self._rows[self._split.ring.index]
+        lengths = [layout.own(rank) for rank in ranks]
+        found = layout.by_rank(found, 2, ranks)
         batch, _, _, width = found.shape
         shapes = [(batch, count, lengths[row.index], width) for count in even_parts(heads, row.size)]
         return torch.cat(row.exchange(found.split(lengths, dim=2), shapes, "parts after attention"), dim=1)

@@ -12,13 +12,15 @@ from vaepp_sdk.dit.sequence import SequenceSplit
 from vaepp_sdk.entries import DiTPlan
 from vaepp_sdk.parallel.group import DiTGroup
 
-__all__ = ["spread", "stage_of"]
+__all__ = ["spread", "stages_of"]
 
 
-def stage_of(plan: DiTPlan, group: DiTGroup) -> Stage | None:
-    """This rank's run of the layers; None where it holds them all."""
+def stages_of(plan: DiTPlan, group: DiTGroup) -> tuple[Stage, ...]:
+    """This rank's run of each list of layers; empty where it holds them all."""
     row = Row.over(group.axis("pipeline"))
-    return Stage(plan.pipeline.chain, row) if plan.pipeline is not None and row.size > 1 else None
+    if plan.pipeline is None or row.size == 1:
+        return ()
+    return tuple(Stage(chain, row) for chain in plan.pipeline.chains)
 
 
 def spread(model: Any, plan: DiTPlan, group: DiTGroup) -> None:
@@ -27,14 +29,13 @@ def spread(model: Any, plan: DiTPlan, group: DiTGroup) -> None:
     Nothing is exchanged yet, and no process group is created.
     """
     split = SequenceSplit(Row.over(group.axis("ulysses")), Row.over(group.axis("ring")))
-    stage = stage_of(plan, group)
-    chains = {} if stage is None else {stage.plan.blocks: stage.plan}
+    stages = {stage.plan.blocks: stage for stage in stages_of(plan, group)}
+    chains = {blocks: stage.plan for blocks, stage in stages.items()}
     if plan.sequence is not None and split.size > 1:
         chains |= {chain.blocks: chain for chain in plan.sequence.chains}
     for blocks, chain in chains.items():
-        own = stage if stage is not None and stage.plan.blocks == blocks else None
         shared = split if split.size > 1 else None
-        model.set_submodule(blocks, Chain(model.get_submodule(blocks), chain, shared, own))
+        model.set_submodule(blocks, Chain(model.get_submodule(blocks), chain, shared, stages.get(blocks)))
     row = Row.over(group.axis("cfg"))
     if plan.batch is not None and row.size > 1:
         model.forward = BatchSplit(model.forward, plan.batch, row)

@@ -7,8 +7,10 @@ every rank of the row holds the same bits after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -28,19 +30,25 @@ class Shard:
 
     Attributes:
         dim: the dimension that is cut.
-        start: the first index held.
-        stop: the first index no longer held.
+        spans: what is held, in order: the first index, and the first one no longer held.
     """
 
     dim: Literal[0, 1]
-    start: int
-    stop: int
+    spans: tuple[tuple[int, int], ...]
 
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The part as an index into the whole weight."""
-        own = slice(self.start, self.stop)
-        return (own,) if self.dim == 0 else (slice(None), own)
+    @classmethod
+    def of(cls, dim: Literal[0, 1], parts: Sequence[int], group: Row) -> Shard:
+        """This rank's share of every part of a dimension; their widths divide by the number of ranks."""
+        spans = []
+        for start, width in zip(accumulate(parts, initial=0), parts, strict=False):
+            share = width // group.size
+            spans.append((start + group.index * share, start + (group.index + 1) * share))
+        return cls(dim, tuple(spans))
+
+    def read(self, whole: Any) -> torch.Tensor:
+        """The part of a weight, which is a tensor or a slice of a safetensors file: only the part is read."""
+        found = [whole[(slice(None),) * self.dim + (slice(*span),)] for span in self.spans]
+        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
 
 
 class RowwiseLinear(nn.Linear):
@@ -76,12 +84,15 @@ def shard_modules(model: nn.Module, plan: TensorPlan, group: Row) -> Mapping[str
     """
     shards: dict[str, Shard] = {}
     for prefix, block in _blocks(model, plan):
-        for name in plan.colwise:
-            shards |= _cut_columns(model, f"{prefix}.{name}", group)
-        for name in plan.rowwise:
-            shards |= _cut_rows(model, f"{prefix}.{name}", group)
-        for name in plan.head_attributes:
+        missing = {name for name in plan.optional if not _has(block, name)}
+        for name in _present(plan.colwise, missing):
+            shards |= _cut_columns(model, f"{prefix}.{name}", group, _parts(model, plan, name))
+        for name in _present(plan.rowwise, missing):
+            shards |= _cut_rows(model, f"{prefix}.{name}", group, _parts(model, plan, name))
+        for name in _present(plan.head_attributes, missing):
             _divide_attribute(block, prefix, name, group.size)
+    for further in plan.further:
+        shards |= shard_modules(model, further, group)
     return shards
 
 
@@ -96,20 +107,44 @@ def _blocks(model: nn.Module, plan: TensorPlan) -> Iterator[tuple[str, nn.Module
             yield f"{name}.{index}", block
 
 
-def _cut_columns(model: nn.Module, name: str, group: Row) -> dict[str, Shard]:
+def _present(names: Sequence[str], missing: set[str]) -> list[str]:
+    return [name for name in names if name not in missing]
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    """Whether a block has a submodule, or an attribute of a submodule; None counts as missing."""
+    try:
+        return functools.reduce(getattr, name.split("."), block) is not None
+    except AttributeError:
+        return False
+
+
+def _parts(model: Any, plan: TensorPlan, name: str) -> tuple[int, ...]:
+    """The widths of a layer's packed parts; empty where it is all one."""
+    return plan.packed[name](model.config) if name in plan.packed else ()
+
+
+def _cut_columns(model: nn.Module, name: str, group: Row, parts: tuple[int, ...]) -> dict[str, Shard]:
     whole = _linear(model, name)
-    width = _part(whole.out_features, f"the output width of {name}", group.size)
-    part = nn.Linear(whole.in_features, width, whole.bias is not None, device="meta")
-    model.set_submodule(name, part)
-    shard = Shard(0, group.index * width, (group.index + 1) * width)
+    shard = _shard(0, whole.out_features, parts, f"the output width of {name}", group)
+    width = whole.out_features // group.size
+    model.set_submodule(name, nn.Linear(whole.in_features, width, whole.bias is not None, device="meta"))
     return {f"{name}.weight": shard} | ({} if whole.bias is None else {f"{name}.bias": shard})
 
 
-def _cut_rows(model: nn.Module, name: str, group: Row) -> dict[str, Shard]:
+def _cut_rows(model: nn.Module, name: str, group: Row, parts: tuple[int, ...]) -> dict[str, Shard]:
     whole = _linear(model, name)
-    width = _part(whole.in_features, f"the input width of {name}", group.size)
+    shard = _shard(1, whole.in_features, parts, f"the input width of {name}", group)
     model.set_submodule(name, RowwiseLinear(whole, group, name))
-    return {f"{name}.weight": Shard(1, group.index * width, (group.index + 1) * width)}
+    return {f"{name}.weight": shard}
+
+
+def _shard(dim: Literal[0, 1], width: int, parts: tuple[int, ...], what: str, group: Row) -> Shard:
+    if parts and sum(parts) != width:
+        raise UnsupportedError(f"{what} is {width}; the model's plan packs parts of {parts} in it")
+    for part in parts or (width,):
+        _part(part, what, group.size)
+    return Shard.of(dim, parts or (width,), group)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

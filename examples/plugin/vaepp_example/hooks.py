@@ -34,31 +34,26 @@ def _heads(config: Mapping[str, Any]) -> int:
     return int(config["num_attention_heads"])
 
 
-def _feed_forward(config: Mapping[str, Any]) -> int:
-    return 4 * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-
 @hookimpl
 def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
-    """Add Flux, whose two-stream blocks are split over the ranks; its single-stream blocks stay whole."""
+    """Add AuraFlow, whose two-stream blocks are split over the ranks; its single-stream blocks stay whole."""
     tensor = TensorPlan(
-        blocks=("transformer_blocks",),
+        blocks=("joint_transformer_blocks",),
         colwise=(
             *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
-            "ff.net.0.proj",
-            "ff_context.net.0.proj",
+            *(f"{name}.linear_{index}" for name in ("ff", "ff_context") for index in (1, 2)),
         ),
-        rowwise=("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"),
+        rowwise=("attn.to_out.0", "attn.to_add_out", "ff.out_projection", "ff_context.out_projection"),
         head_attributes=("attn.heads",),
-        widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+        widths={"attention heads": _heads},
     )
     register(
         PipelineEntry(
-            name="FluxPipeline",
-            module="diffusers.pipelines.flux.pipeline_flux",
+            name="AuraFlowPipeline",
+            module="diffusers.pipelines.aura_flow.pipeline_aura_flow",
             vae="AutoencoderKL",
             strategies=("tile", "whole"),
-            stages="vaepp_example.flux:FluxStages",
+            stages="vaepp_example.aura_flow:AuraFlowStages",
             pick=lambda facts, work: "tile" if facts.tiling_fires(work.direction, work.shape) else "whole",
             dit=DiTPlan(component="transformer", tensor=tensor),
         )

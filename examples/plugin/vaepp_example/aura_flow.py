@@ -1,4 +1,4 @@
-"""The stages of FluxPipeline: calls into the pipeline's own code, never a copy of it."""
+"""The stages of AuraFlowPipeline: calls into the pipeline's own code, never a copy of it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from PIL.Image import Image
 from vaepp_sdk.stages import step_callback
 
 
-class FluxStages:
+class AuraFlowStages:
     """See `vaepp_sdk.stages.PipelineStages`."""
 
     @torch.no_grad()
     def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode the prompts, once for each picture."""
-        embeds, pooled, _ = pipe.encode_prompt(
+        """Encode the prompts, once for each picture; guidance is on for a scale above 1."""
+        embeds, mask, negative_embeds, negative_mask = pipe.encode_prompt(
             prompt=call["prompt"],
-            prompt_2=call.get("prompt_2"),
+            negative_prompt=call.get("negative_prompt"),
+            do_classifier_free_guidance=call.get("guidance_scale", 3.5) > 1,
             device=pipe._execution_device,
             num_images_per_prompt=call.get("num_images_per_prompt", 1),
-            max_sequence_length=call.get("max_sequence_length", 512),
+            max_sequence_length=call.get("max_sequence_length", 256),
         )
         return {
             "prompt": None,
-            "prompt_2": None,
+            "negative_prompt": None,
             "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
+            "prompt_attention_mask": mask,
+            "negative_prompt_embeds": negative_embeds,
+            "negative_prompt_attention_mask": negative_mask,
             "num_images_per_prompt": 1,  # the embeddings above are repeated already
         }
 
@@ -50,13 +53,9 @@ class FluxStages:
         return latents
 
     def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
-        """Unpack the latents and undo their scaling."""
-        default = pipe.default_sample_size * pipe.vae_scale_factor
-        height, width = call.get("height") or default, call.get("width") or default
-        unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-        config = pipe.vae.config
-        scaled: torch.Tensor = (unpacked / config.scaling_factor) + config.shift_factor
-        return scaled.to(pipe.vae.dtype)
+        """Undo the latents' scaling."""
+        del call
+        return latents.to(pipe.vae.dtype) / float(pipe.vae.config.scaling_factor)
 
     def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
         """What the pipeline makes of a decoded sample."""
