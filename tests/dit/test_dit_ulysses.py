@@ -80,3 +80,17 @@ def test_what_cannot_be_split_is_refused() -> None:
             pytest.raises(UnsupportedError, match="this attention is another"),
         ):
             F.scaled_dot_product_attention(query, query, query, **settings)
+
+
+def test_two_sequences_lie_in_the_wholes_order_after_a_trade() -> None:
+    """On 2 x 2 ranks: a row's parts in the order of the whole, back again, and a mask in that of the rows."""
+    joined, rows = Joined(((3, 2, 2, 2), (5, 5, 4, 4))), [range(2), range(2, 4)]
+    whole = torch.arange(27)
+    text, picture = whole[:9].split([3, 2, 2, 2]), whole[9:].split([5, 5, 4, 4])
+    held = torch.cat([torch.cat([text[rank], picture[rank]]) for rank in rows[1]])
+    ordered = joined.by_sequence(held, 0, rows[1])
+    assert ordered.tolist() == [*range(5, 9), *range(19, 27)]
+    assert torch.equal(joined.by_rank(ordered, 0, rows[1]), held)
+    masks = joined.by_rows(whole, rows)
+    assert masks.tolist() == [*range(5), *range(9, 19), *ordered.tolist()]
+    assert [joined.own(rank) for rank in range(4)] == [8, 7, 6, 6]
