@@ -24,6 +24,14 @@ _ENTRY = StrategyEntry(
             "for every number of ranks.",
         ),
         Option(
+            name="repeat",
+            kind="string",
+            default="auto",
+            choices=("auto", "never", "always"),
+            help="How many positions of a decoder's attention a rank computes for its peers, instead of "
+            "receiving them: as many as little work allows, none, or all.",
+        ),
+        Option(
             name="row_blocks",
             kind="integer",
             default=1,

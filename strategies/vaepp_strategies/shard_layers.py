@@ -22,15 +22,17 @@ from torch import nn
 
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.attention import shared_attention
-from vaepp_strategies.layers.band_attention import band_attention, band_attention_block
+from vaepp_strategies.layers.band_attention import band_attention, band_attention_block, band_positions
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution
+from vaepp_strategies.layers.front import FrontRows, front_group_norm, front_positions
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
 from vaepp_strategies.shard_clip_layers import SHARD_CLIP_LAYERS, check_upsample, clip_forward
+from vaepp_strategies.shard_front import Front
 from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_steps import ShardStep, passes_through, visible_calls, window_of
 
@@ -128,8 +130,11 @@ def band_forwards(
         plan: what layers exchange and give.
     """
     steps, given = {step.name: step for step in plan.steps}, dict(plan.given)
-    found: dict[nn.Module, Forward] = {}
+    found = _front_forwards(vae, bands, plan.front) if plan.front else {}
+    before = (*plan.front.layers, plan.front.attention) if plan.front else ()
     for index, call in visible_calls(trace):
+        if call.name in before:
+            continue
         layer = vae.get_submodule(call.name)
         if layer in found:
             continue
@@ -169,8 +174,43 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> For
         return band_linear_attention(layer, bands)
     if isinstance(layer, HunyuanImageAttentionBlock):
         assert step is not None, "every attention exchanges"
-        return band_attention_block(layer, bands, step.scale)
+        return band_attention_block(layer, band_positions(bands, step.scale))
     if isinstance(layer, Attention):
         assert step is not None, "every attention exchanges"
-        return band_attention(layer, bands, step.scale) if step.groups else shared_attention(layer, bands)
+        return (
+            band_attention(layer, band_positions(bands, step.scale))
+            if step.groups
+            else shared_attention(layer, bands)
+        )
     return None
+
+
+def _front_forwards(vae: nn.Module, bands: Bands, front: Front) -> dict[nn.Module, Forward]:
+    """What layers run on a window of the latent; all but these run there as they are."""
+    rows = _front_rows(bands, front)
+    attention: Any = vae.get_submodule(front.attention)
+    found: dict[nn.Module, Forward] = {attention: band_attention(attention, front_positions(bands, rows))}
+    if not front.whole:
+        for name in front.layers:
+            layer = vae.get_submodule(name)
+            if isinstance(layer, nn.GroupNorm):
+                found[layer] = front_group_norm(layer, bands, rows)
+    return found
+
+
+def _front_rows(bands: Bands, front: Front) -> FrontRows:
+    """The rows of a window, counted within what this rank holds."""
+    rank, origin = bands.group.rank, front.held(bands.group.rank)[0]
+    ranks = range(bands.ranks)
+
+    def within(rows: tuple[int, int]) -> tuple[int, int]:
+        return rows[0] - origin, rows[1] - rows[0]
+
+    received = [front.sent(source, rank) for source in ranks]
+    return FrontRows(
+        band=within(front.bands[rank]),
+        window=within(front.windows[rank]),
+        sent=tuple(within(front.sent(rank, reader)) for reader in ranks),
+        received=tuple(end - start for start, end in received),
+        whole=front.whole,
+    )

@@ -14,6 +14,7 @@ from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
 from vaepp_strategies.shard_stages import layer_sequence
@@ -41,6 +42,7 @@ class ShardPlan(WorkPlan):
         times: the windows of frames in which the VAE runs a long clip, one after the other; none where it
             runs in one piece.
         blocks: how layers are run in row blocks, or None. No work is repeated by them.
+        front: the layers that ranks run on some of their peers' rows too, or None.
     """
 
     parts: Parts
@@ -49,9 +51,12 @@ class ShardPlan(WorkPlan):
     input_reach: Reach
     times: tuple[Span, ...] = ()
     blocks: BlockPlan | None = None
+    front: Front | None = None
 
 
-def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None) -> ShardPlan:
+def plan_shards(
+    facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None, repeat: Repeat = "never"
+) -> ShardPlan:
     """Cut the longer side of the latent into bands, and list every message.
 
     Where a side has fewer rows than the ranks would need, the surplus ranks get no band.
@@ -60,6 +65,7 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         facts: the VAE.
         work: what is asked.
         row_blocks: what is asked of row blocks; None runs layers in one piece.
+        repeat: how much of what leads to the attention each rank computes for its peers; see `plan_front`.
 
     Raises:
         UnsupportedError: the input has the wrong axes or no pixel, or the adapter does not say which layers
@@ -83,6 +89,9 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
     exchanges = _exchanges(facts, work, times)
     parts = _cut(facts, work, exchanges.shortest_band)
+    front = plan_front(_trace(facts, work.direction), parts, work, repeat)
+    if front is not None:
+        exchanges = with_front(exchanges, front)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
     plan = ShardPlan(
         strategy="shard",
@@ -97,6 +106,7 @@ def plan_shards(facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None
         input_reach=exchanges.input_reach,
         times=times,
         blocks=blocks,
+        front=front,
     )
     return attrs.evolve(plan, moves=_moves(plan))
 
@@ -185,9 +195,17 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     across = plan.parts.rows(plan.work.shape[-1 if plan.parts.axis == -2 else -2], step.scale)
     # The reader below needs this band's last rows, as those above it; the reader above its first ones.
     rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
-    positions = plan.parts.core_length(source, step.scale) * across if step.width else 0
+    positions = _positions(plan, step, source, reader) * across if step.width else 0
     values = step.frames * (rows * across * step.channels + positions * step.width)
     return batch * (values * itemsize + step.groups * _MOMENT_BYTES + step.sums * _SUM_BYTES)
+
+
+def _positions(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> int:
+    """The rows of one rank's band whose positions another gets."""
+    if plan.front is None or step.name != plan.front.attention:
+        return plan.parts.core_length(source, step.scale)
+    first, end = plan.front.sent(source, reader)
+    return end - first
 
 
 def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wanted: RowBlocks) -> BlockPlan:

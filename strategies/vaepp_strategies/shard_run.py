@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import Direction, VaeFacts
@@ -15,6 +16,7 @@ from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.inspect import refuse_unknown
 from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_blocks import sequence_forward
+from vaepp_strategies.shard_front import Repeat
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
 from vaepp_strategies.shard_limit import Recomputes, row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
@@ -32,19 +34,29 @@ class ShardStrategy:
         row_blocks: how many blocks of rows the largest layer of a band is run in.
         peak_limit: the most live bytes of a rank, as in `"6GiB"`; finds `row_blocks`.
         recompute: whether activations are computed again instead of stored; see `RowBlocks`.
+        repeat: how much of what leads to a decoder's attention each rank computes for its peers; see
+            `shard_front.plan_front`.
 
     Raises:
-        UnsupportedError: the first two are set, or neither of them beside the last; the limit cannot be read.
+        UnsupportedError: options do not go together, or the limit cannot be read.
     """
 
     def __init__(
-        self, row_blocks: int = 1, peak_limit: str | None = None, recompute: Recomputes = "auto"
+        self,
+        row_blocks: int = 1,
+        peak_limit: str | None = None,
+        recompute: Recomputes = "auto",
+        repeat: Repeat = "auto",
     ) -> None:
         self._row_blocks = row_blocks_from(row_blocks, peak_limit, recompute)
+        if self._row_blocks and repeat == "always":
+            raise UnsupportedError("repeat = 'always' does not go together with row blocks; leave one out")
+        # Row blocks have a runner of their own, which knows bands only.
+        self._repeat: Repeat = "never" if self._row_blocks else repeat
 
     def plan(self, facts: VaeFacts, work: Work) -> ShardPlan:
         """See `Strategy.plan`."""
-        return plan_shards(facts, work, self._row_blocks)
+        return plan_shards(facts, work, self._row_blocks, self._repeat)
 
     def check(self, adapter: VaeAdapter) -> None:
         """See `Strategy.check`: refuses layers that this strategy does not know how to run on a band."""
@@ -84,7 +96,7 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
     assert trace is not None, "a plan was made from the layers"
 
     def run(value: torch.Tensor) -> torch.Tensor:
-        band = value[(..., *window.source.slices)].contiguous()
+        band = _input(value, plan, window)
         if plan.input_reach:
             bands.carry(band, input_halo(value, plan, bands.group.rank))
         forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
@@ -95,6 +107,14 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
             return window_call(adapter, plan.work.direction)(band)
 
     return run
+
+
+def _input(value: torch.Tensor, plan: ShardPlan, window: Window) -> torch.Tensor:
+    """What this rank's layers start with: its band of the input, or the window around it."""
+    if plan.front is None:
+        return value[(..., *window.source.slices)].contiguous()
+    first, end = plan.front.held(window.owner)
+    return value.narrow(plan.parts.axis, first, end - first).contiguous()
 
 
 def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:

@@ -21,52 +21,57 @@ from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moment
 from vaepp_strategies.layers.parts import Scale
 
 __all__ = [
+    "NormalisedPositions",
+    "Positions",
     "band_attention",
     "band_attention_block",
+    "band_positions",
     "mix_positions",
     "normalised_positions",
     "project_positions",
+    "tokens_of",
 ]
 
-Project = Callable[[torch.Tensor], torch.Tensor]
+NormalisedPositions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""This rank's own rows as they are, then its own normalised positions and everyone's, each
+`(batch, positions, channels)`."""
+
+Positions = Callable[[nn.GroupNorm, torch.Tensor], NormalisedPositions]
+"""Normalises attention's input."""
 
 
-def band_attention(attention: Any, bands: Bands, scale: Scale) -> Callable[..., torch.Tensor]:
+def band_attention(attention: Any, positions: Positions) -> Callable[..., torch.Tensor]:
     """A forward for diffusers' `Attention` with one head and a group normalisation.
 
     Args:
         attention: self-attention over `(batch, channels, rows, columns)`; see `inspect.unknown_layers`.
-        bands: this rank's band.
-        scale: the resolution of its input.
+        positions: normalises its input.
     """
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        tokens = normalised_positions(attention.group_norm, hidden_states.contiguous(), bands, scale)
-        query = attention.to_q(tokens[bands.group.rank])
-        mixed = mix_positions(query, torch.cat(tokens, dim=1), attention.to_k.weight)
-        result = _picture(attention.to_out[1](attention.to_out[0](attention.to_v(mixed))), hidden_states)
+        rows, own, everyone = positions(attention.group_norm, hidden_states)
+        mixed = mix_positions(attention.to_q(own), everyone, attention.to_k.weight)
+        result = _picture(attention.to_out[1](attention.to_out[0](attention.to_v(mixed))), rows)
         if attention.residual_connection:
-            result = result + hidden_states
+            result = result + rows
         scaled: torch.Tensor = result / attention.rescale_output_factor
         return scaled
 
     return forward
 
 
-def band_attention_block(block: Any, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
+def band_attention_block(block: Any, positions: Positions) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward for `HunyuanImageAttentionBlock`, whose projections are 1x1 convolutions.
 
     Args:
         block: the layer.
-        bands: this rank's band.
-        scale: the resolution of its input.
+        positions: normalises its input.
     """
 
     def forward(values: torch.Tensor) -> torch.Tensor:
-        tokens = normalised_positions(block.norm, values.contiguous(), bands, scale)
-        query = project_positions(block.to_q, tokens[bands.group.rank])
-        mixed = mix_positions(query, torch.cat(tokens, dim=1), block.to_k.weight.flatten(1))
-        return _picture(project_positions(block.proj, project_positions(block.to_v, mixed)), values) + values
+        rows, own, everyone = positions(block.norm, values)
+        mixed = mix_positions(project_positions(block.to_q, own), everyone, block.to_k.weight.flatten(1))
+        return _picture(project_positions(block.proj, project_positions(block.to_v, mixed)), rows) + rows
 
     return forward
 
@@ -99,15 +104,37 @@ def _picture(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).reshape(like.shape).contiguous()
 
 
+def tokens_of(picture: torch.Tensor) -> torch.Tensor:
+    """`(batch, channels, rows, columns)` as `(batch, positions, channels)`."""
+    return picture.flatten(2).transpose(1, 2)
+
+
+def band_positions(bands: Bands, scale: Scale) -> Positions:
+    """What attention reads, where each rank holds its band.
+
+    Args:
+        bands: this rank's band.
+        scale: the resolution of the attention's input.
+    """
+
+    def normalised(norm: nn.GroupNorm, values: torch.Tensor) -> NormalisedPositions:
+        tokens = normalised_positions(norm, values.contiguous(), bands, scale)
+        return values, tokens[bands.group.rank], torch.cat(tokens, dim=1)
+
+    return normalised
+
+
 def normalised_positions(norm: Any, values: torch.Tensor, bands: Bands, scale: Scale) -> list[torch.Tensor]:
-    """Everyone's normalised positions, in rank order, each `(batch, positions, channels)`."""
-    batch, channels = values.shape[:2]
-    areas = bands.areas(values, scale)
+    """Everyone's normalised positions, in rank order, each `(batch, positions, channels)`.
+
+    They travel with the statistics, before they are normalised.
+    """
+    band, areas = values.flatten(2), bands.areas(values, scale)
     mine = moments(values, norm.num_groups)
-    shapes = [(batch, channels, area) for area in areas]
-    everyone, positions = bands.gather_with_bands(mine, values.flatten(2), shapes, "statistics and positions")
+    shapes = [(*band.shape[:2], area) for area in areas]
+    everyone, positions = bands.gather_with_bands(
+        mine, [band] * bands.ranks, shapes, "statistics and positions"
+    )
     per_position = norm.num_channels // norm.num_groups
     mean, variance = merge_moments([area * per_position for area in areas], everyone)
-    return [
-        apply_statistics(norm, part[..., None], mean, variance)[..., 0].transpose(1, 2) for part in positions
-    ]
+    return [tokens_of(apply_statistics(norm, part[..., None], mean, variance)) for part in positions]

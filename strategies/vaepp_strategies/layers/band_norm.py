@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.joined import activate_joined
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import Reach
@@ -65,9 +66,17 @@ def band_pointwise(
 
     def forward(values: torch.Tensor) -> torch.Tensor:
         halo = bands.fetch(values, reach, name) if reach else bands.carried(values)
+        joins = isinstance(layer, nn.SiLU) and values.dim() == 4 and values.is_contiguous()
+        joined = None
+        if joins and halo is not None and halo.arrived:
+            joined = activate_joined(values, halo, bands.axis)
+        if joined is not None:
+            bands.carry(*joined)
+            return joined[0]
         result: torch.Tensor = own(layer, values)
         if halo is not None:
-            bands.carry(result, halo.mapped(lambda rows: own(layer, rows)))
+            # Dropout returns its very input.
+            bands.carry(result, halo if result is values else halo.mapped(lambda rows: own(layer, rows)))
         return result
 
     return forward

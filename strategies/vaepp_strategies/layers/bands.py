@@ -15,9 +15,10 @@ from vaepp_strategies.layers.exchange import Exchange
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import Reach
 
-__all__ = ["Bands", "Halo"]
+__all__ = ["Bands", "Halo", "RowMap"]
 
 RowMap = Callable[[torch.Tensor], torch.Tensor]
+"""A layer that works row by row."""
 
 
 @attrs.frozen(eq=False)
@@ -25,12 +26,22 @@ class Halo:
     """The neighbours' rows around one tensor of a band, possibly still under way.
 
     A band at an edge of the picture has no rows beyond it: there they are None.
+
+    Attributes:
+        joined: the band and the nearest rows around it in one tensor, where a layer wrote them so: as many
+            above as below, zeros beyond an edge of the picture. The band itself is then a view of it.
     """
 
     _above: torch.Tensor | None
     _below: torch.Tensor | None
     _pending: Pending | None = None
     _maps: tuple[tuple[RowMap, RowMap], ...] = ()
+    joined: torch.Tensor | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether no message has to be waited for."""
+        return self._pending is None
 
     def mapped(self, above: RowMap, below: RowMap | None = None) -> Halo:
         """The rows around a layer's output, where the layer works position by position.
@@ -39,7 +50,7 @@ class Halo:
             above: the layer, for the rows above.
             below: what it is for the rows below, where that differs.
         """
-        return attrs.evolve(self, maps=(*self._maps, (above, below or above)))
+        return attrs.evolve(self, maps=(*self._maps, (above, below or above)), joined=None)
 
     def rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The rows above and below, once they have arrived.
@@ -154,33 +165,40 @@ class Bands(Exchange):
         return everyone, Halo(above, below)
 
     def gather_with_bands(
-        self, mine: torch.Tensor, band: torch.Tensor, shapes: Sequence[tuple[int, ...]], what: str
+        self,
+        mine: torch.Tensor,
+        given: Sequence[torch.Tensor],
+        shapes: Sequence[tuple[int, ...]],
+        what: str,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Everyone's small tensor of one shape and dtype, and everyone's band, in one message.
+        """Everyone's small tensor of one shape and dtype, and of everyone's band what this rank is given.
 
         Args:
-            mine: this rank's small tensor; at least as wide a dtype as `band`'s.
-            band: what this rank holds, contiguous.
-            shapes: the shape of every rank's band.
+            mine: this rank's small tensor; at least as wide a dtype as the bands'.
+            given: what each rank gets of this rank's band, contiguous; its own entry is returned as it is.
+            shapes: the shape of what each rank gives this one.
             what: names the exchange in errors.
 
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
         self._tell()
-        head = _bytes(mine)
-        message = torch.cat([head, _bytes(band)])
+        head, own = _bytes(mine), given[self.group.rank]
         peers = [peer for peer in range(self.ranks) if peer != self.group.rank]
-        size = {peer: head.numel() + math.prod(shapes[peer]) * band.element_size() for peer in peers}
+        messages = {id(given[peer]): torch.cat([head, _bytes(given[peer])]) for peer in peers}
+        size = {peer: head.numel() + math.prod(shapes[peer]) * own.element_size() for peer in peers}
         found = {peer: head.new_empty(size[peer]) for peer in peers}
-        sends = [Send(message, peer) for peer in peers]
+        sends = [Send(messages[id(given[peer])], peer) for peer in peers]
         self.group.exchange(sends, [Recv(found[peer], peer) for peer in peers], what)
-        found[self.group.rank] = message
-        heads = [found[rank][: head.numel()].view(mine.dtype).view(mine.shape) for rank in range(self.ranks)]
-        bands = [
-            found[rank][head.numel() :].view(band.dtype).view(shape) for rank, shape in enumerate(shapes)
-        ]
-        return heads, bands
+        heads, parts = [], []
+        for rank, shape in enumerate(shapes):
+            if rank == self.group.rank:
+                heads.append(mine)
+                parts.append(own)
+            else:
+                heads.append(found[rank][: head.numel()].view(mine.dtype).view(mine.shape))
+                parts.append(found[rank][head.numel() :].view(own.dtype).view(shape))
+        return heads, parts
 
     def gather(self, mine: torch.Tensor, lengths: list[int], dim: int, what: str) -> list[torch.Tensor]:
         """See `Exchange.gather`."""

@@ -1,7 +1,8 @@
 """Convolution of a band: the band alone first, then the rows at its seams once more.
 
 No copy of the band with its neighbours' rows is made, so the peak stays at the band's share, and the rows can
-travel while the band is convolved.
+travel while the band is convolved. Where the layer before wrote band and rows into one tensor, that is
+convolved, and nothing twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vaepp_strategies.layers.bands import Bands, Halo
+from vaepp_strategies.layers.joined import nearest_rows
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
 __all__ = [
@@ -90,6 +92,9 @@ def convolve_band(
         The band's output, and the rows of `give` around it.
     """
     length, reach = band.shape[axis], window.reach
+    beside = 0 if halo.joined is None else (halo.joined.shape[axis] - length) // 2
+    if halo.joined is not None and window.stride == 1 and beside == window.lead == window.trail:
+        return rows(halo.joined), _beyond(band, halo, axis, window, rows, give)
     top, bottom = -(-reach.above // window.stride), -(-reach.below // window.stride)
     top_rows = (top - 1) * window.stride - window.lead + window.kernel
     bottom_rows = (bottom - 1) * window.stride + window.kernel - reach.below
@@ -101,15 +106,29 @@ def convolve_band(
     beyond_above = beyond_below = None
     if above is not None:
         own = _with_earlier(band, earlier, axis, 0, top_rows)
-        seam = rows(torch.cat([_nearest(above, axis, reach.above + give.above, -1), own], axis))
+        seam = rows(torch.cat([nearest_rows(above, axis, reach.above + give.above, -1), own], axis))
         out.narrow(axis, 0, top).copy_(last_rows(seam, axis, top))
         beyond_above = seam.narrow(axis, 0, give.above)
     if below is not None:
         own = _with_earlier(band, earlier, axis, length - bottom_rows, bottom_rows)
-        seam = rows(torch.cat([own, _nearest(below, axis, reach.below + give.below, 1)], axis))
+        seam = rows(torch.cat([own, nearest_rows(below, axis, reach.below + give.below, 1)], axis))
         last_rows(out, axis, bottom).copy_(seam.narrow(axis, 0, bottom))
         beyond_below = last_rows(seam, axis, give.below)
     return out, Halo(beyond_above, beyond_below)
+
+
+def _beyond(band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach) -> Halo:
+    """The rows of `give` around the output alone."""
+    if not give:
+        return Halo(None, None)
+    above, below = halo.rows()
+    if above is not None:
+        near = nearest_rows(above, axis, window.reach.above + give.above, -1)
+        above = rows(torch.cat([near, band.narrow(axis, 0, window.trail)], axis))
+    if below is not None:
+        near = nearest_rows(below, axis, window.reach.below + give.below, 1)
+        below = rows(torch.cat([last_rows(band, axis, window.lead), near], axis))
+    return Halo(above, below)
 
 
 def _with_earlier(
@@ -129,11 +148,11 @@ def _convolve_short(
     if above is None:
         before, first = edge(band, axis, window.lead, -1), 0
     else:
-        before, first = _nearest(above, axis, window.reach.above + give.above, -1), give.above
+        before, first = nearest_rows(above, axis, window.reach.above + give.above, -1), give.above
     if below is None:
         after, last = edge(band, axis, window.trail, 1), 0
     else:
-        after, last = _nearest(below, axis, window.reach.below + give.below, 1), give.below
+        after, last = nearest_rows(below, axis, window.reach.below + give.below, 1), give.below
     wide = rows(torch.cat([before, band, after], axis))
     out = wide.narrow(axis, first, wide.shape[axis] - first - last).contiguous()
     beyond_above = None if above is None else wide.narrow(axis, 0, first)
@@ -173,18 +192,6 @@ def band_convolution(
         return out
 
     return forward
-
-
-def _nearest(halo: torch.Tensor, axis: int, count: int, side: int) -> torch.Tensor:
-    """The rows of a halo nearest to the band, above it (-1) or below it (1).
-
-    Where the picture ends before `count` rows, zero padding follows, as it does for the whole picture.
-    """
-    missing = count - halo.shape[axis]
-    if missing > 0:
-        padding = zero_rows(halo, axis, missing, side)
-        return torch.cat([padding, halo] if side < 0 else [halo, padding], axis)
-    return last_rows(halo, axis, count) if side < 0 else halo.narrow(axis, 0, count)
 
 
 def last_rows(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:

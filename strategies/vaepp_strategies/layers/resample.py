@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vaepp_strategies.layers.bands import Bands
-from vaepp_strategies.layers.conv import convolve_band
+from vaepp_strategies.layers.bands import Bands, Halo
+from vaepp_strategies.layers.conv import convolution_window, convolve_band
+from vaepp_strategies.layers.joined import double_joined
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
 
 __all__ = ["band_clip_upsample", "band_downsample", "band_pad", "band_upsample", "band_upsample_block"]
@@ -62,8 +63,17 @@ def band_upsample_block(block: Any, bands: Bands, reach: Reach, name: str) -> Ca
         return F.interpolate(rows, scale_factor=2.0, mode="nearest")
 
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        doubled = _carry_through(values, double, bands, reach, name)
-        result: torch.Tensor = block.conv(doubled) if block.use_conv else doubled
+        if not block.use_conv:
+            return _carry_through(values, double, bands, reach, name)
+        halo = _halo(values, bands, reach, name)
+        if halo is None or not values.is_contiguous():
+            doubled, around = double(values), halo and halo.mapped(double)
+        else:
+            lead = convolution_window(block.conv, bands.axis).lead
+            doubled, around = double_joined(values, halo, bands.axis, lead, double)
+        if around is not None:
+            bands.carry(doubled, around)
+        result: torch.Tensor = block.conv(doubled)
         return result
 
     return forward
@@ -123,10 +133,14 @@ def _carry_through(
     name: str,
 ) -> torch.Tensor:
     """Run a layer on a band and on the rows around it; both are then at the layer's new resolution."""
-    halo = bands.carried(values)
-    if halo is None and reach:
-        halo = bands.fetch(values, reach, name)
+    halo = _halo(values, bands, reach, name)
     result = layer(values)
     if halo is not None:
         bands.carry(result, halo.mapped(layer))
     return result
+
+
+def _halo(values: torch.Tensor, bands: Bands, reach: Reach, name: str) -> Halo | None:
+    """The rows around a layer's input, from an earlier layer or under way from the neighbours."""
+    halo = bands.carried(values)
+    return bands.fetch(values, reach, name) if halo is None and reach else halo
