@@ -71,6 +71,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     prepare: str = ""
     active: int | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 def prepared(case: Case) -> tuple[Any, torch.Tensor]:
@@ -118,7 +119,7 @@ def expect(case: Case) -> Expected:
 def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
     """What one rank saw of a case."""
     vae, value = prepared(case)
-    wrapped = parallelize_vae(vae, size=case.size, strategy="shard", output=case.output)
+    wrapped = parallelize_vae(vae, size=case.size, strategy="shard", output=case.output, **case.options)
     told: list[tuple[int, int]] = []
     wrapped._group.progress = lambda done, total: told.append((done, total))
     wrapped._group.traffic.reset()

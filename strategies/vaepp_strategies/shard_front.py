@@ -20,7 +20,7 @@ from vaepp_strategies.layers.reach import NO_ROWS
 from vaepp_strategies.shard_stages import Stage, layer_sequence
 from vaepp_strategies.shard_steps import ShardSteps, call_window
 
-__all__ = ["Front", "Repeat", "Rows", "plan_front", "with_front"]
+__all__ = ["Front", "Repeat", "Rows", "plan_front", "window_around", "with_front"]
 
 Repeat = Literal["auto", "never", "always"]
 
@@ -96,8 +96,8 @@ def plan_front(trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat) -> F
     stages = _front_stages(trace)
     if not stages and repeat == "always":
         raise UnsupportedError(
-            "strategy 'shard' with repeat = 'always' takes VAEs whose decoder has single-head attention after "
-            "a straight sequence of layers at the latent's resolution; leave repeat out"
+            "strategy 'shard' with repeat = 'always' takes decoders with single-head attention after a straight "
+            "sequence of layers at the latent's resolution; leave repeat out"
         )
     if not stages:
         return None
@@ -147,7 +147,7 @@ def _limited(front: Front, trace: LayerTrace, work: Work) -> Front | None:
     """The largest windows that a small share of a rank's work allows; None where they save too little."""
     share = _work(trace, work, front.layers) / _work(trace, work)
     extra = int(_EXTRA_WORK * front.rows / (share * len(front.bands)))
-    windows = tuple(_window(band, extra, front) for band in front.bands)
+    windows = tuple(window_around(band, extra, front) for band in front.bands)
     found = attrs.evolve(front, windows=windows)
     ranks = range(len(front.bands))
     sent = max(sum(_length(found.sent(rank, reader)) for reader in ranks) for rank in ranks)
@@ -159,8 +159,14 @@ def _length(rows: Rows) -> int:
     return rows[1] - rows[0]
 
 
-def _window(band: Rows, extra: int, front: Front) -> Rows:
-    """A band and rows around it, at a picture's edge where it reaches one: an edge needs no margin."""
+def window_around(band: Rows, extra: int, front: Front) -> Rows:
+    """A band and rows around it, at a picture's edge where it reaches one: an edge needs no margin.
+
+    Args:
+        band: a rank's own rows.
+        extra: rows that it may compute besides, those of margins among them.
+        front: the picture's rows, and the margin.
+    """
     start, end = band
     length = end - start + extra
     if length >= front.rows:
