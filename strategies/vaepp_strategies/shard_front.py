@@ -96,8 +96,8 @@ def plan_front(trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat) -> F
     stages = _front_stages(trace)
     if not stages and repeat == "always":
         raise UnsupportedError(
-            "strategy 'shard' with repeat = 'always' takes decoders with single-head attention after a straight "
-            "sequence of layers at the latent's resolution; leave repeat out"
+            "strategy 'shard' with repeat = 'always' takes decoders with single-head attention after a "
+            "straight sequence of layers at the latent's resolution; leave repeat out"
         )
     if not stages:
         return None
