@@ -12,7 +12,7 @@ _ENTRY = StrategyEntry(
     name="shard",
     factory="vaepp_strategies.shard_modes:shard_strategy",
     promise=(
-        "equal up to rounding to the untiled decode or encode on one rank; no seam and no repeated work"
+        "equal up to rounding to the untiled decode or encode on one rank; no seam, next to no repeated work"
     ),
     options=(
         Option(
