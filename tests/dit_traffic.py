@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
 
 
@@ -21,9 +22,18 @@ def _nbytes(tensor: torch.Tensor) -> int:
 def traffic() -> Iterator[dict[str, list[int]]]:
     """The bytes this rank puts in, by kind of exchange; of an all-to-all, what leaves the rank."""
     seen: dict[str, list[int]] = {}
+    encode = PromptShare.share
 
     def count(kind: str, nbytes: int) -> None:
         seen.setdefault(kind, []).append(nbytes)
+
+    def uncounted(share: PromptShare, *args: Any) -> Any:
+        """Encoded prompts are no exchange of the transformer's."""
+        before = {kind: list(sizes) for kind, sizes in seen.items()}
+        found = encode(share, *args)
+        seen.clear()
+        seen.update(before)
+        return found
 
     plain = {
         name: getattr(dist, name)
@@ -79,6 +89,7 @@ def traffic() -> Iterator[dict[str, list[int]]]:
     with ExitStack() as stack:
         # A batch of messages names dist.isend itself, so single ones are counted where they are asked for.
         stack.enter_context(patch.object(Row, "send", send))
+        stack.enter_context(patch.object(PromptShare, "share", uncounted))
         for name, function in replaced.items():
             stack.enter_context(patch.object(dist, name, function))
         yield seen

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaepp_sdk.entries import (
     BatchPlan,
+    CallsPlan,
     ChainPlan,
     DiTPlan,
     Option,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AgreementError",
     "BatchPlan",
+    "CallsPlan",
     "ChainPlan",
     "DiTPlan",
     "Option",

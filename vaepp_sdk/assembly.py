@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vaepp_sdk.dit.loading import load_sharded
 from vaepp_sdk.dit.lora import fuse_adapters
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.dit.spread import spread, stages_of
+from vaepp_sdk.dit.spread import spread, stages_of, transformers_of
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.offload import pin_device
@@ -67,14 +68,14 @@ def build_pipeline(resolved: Resolved, group: DiTGroup) -> Any:
     pipe.set_progress_bar_config(disable=True)
     dit = resolved.entry.dit if resolved.entry else None
     if dit is not None and not resolved.decode_only:
-        transformer = getattr(pipe, dit.component)
         if dit.component not in given:
-            weights = transformer.state_dict()
+            weights = getattr(pipe, dit.component).state_dict()
             shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
             fuse_adapters(weights, dit.component, model.lora, shapes=shapes, shards={})
-        spread(transformer, dit, group)
-        if model.compile != "off":
-            compile_blocks(transformer, model.compile)
+        for transformer in transformers_of(pipe, dit):
+            spread(transformer, dit, group)
+            if model.compile != "off":
+                compile_blocks(transformer, model.compile)
     return pipe
 
 
@@ -119,7 +120,7 @@ def _without_weights(resolved: Resolved) -> dict[str, Any]:
 
 
 def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype) -> dict[str, Any]:
-    """This rank's part of the transformer under its component's name; nothing where it holds all of it."""
+    """This rank's part of each transformer by its component's name; nothing where it holds all of them."""
     dit = resolved.entry.dit if resolved.entry else None
     lacking = [axis for axis in group.dims.active if dit is None or axis not in dit.axes]
     if lacking:
@@ -128,22 +129,26 @@ def _sharded_components(resolved: Resolved, group: DiTGroup, dtype: torch.dtype)
     stages = stages_of(dit, group) if dit is not None else ()
     if dit is None or (tensor.size == 1 and not stages):
         return {}
-    model = load_sharded(
-        _component_class(resolved.model_path, dit.component),
-        resolved.model_path / dit.component,
-        dit.tensor if tensor.size > 1 else None,
-        tensor,
-        dtype=dtype,
-        device=torch.device("cpu") if moves_by_stage(resolved, group) else group.device,
-        variant=resolved.spec.model.variant,
-        stages=stages,
-        adapters=resolved.spec.model.lora,
-    )
-    return {dit.component: model}
+    index = json.loads((resolved.model_path / "model_index.json").read_text(encoding="utf-8"))
+    return {
+        component: load_sharded(
+            _component_class(index, component),
+            resolved.model_path / component,
+            dit.tensor if tensor.size > 1 else None,
+            tensor,
+            dtype=dtype,
+            device=torch.device("cpu") if moves_by_stage(resolved, group) else group.device,
+            variant=resolved.spec.model.variant,
+            stages=stages,
+            adapters=resolved.spec.model.lora if component == dit.component else (),
+        )
+        for component in dit.components
+        if any(index.get(component, ()))
+    }
 
 
-def _component_class(model_path: Path, component: str) -> Any:
-    library, name = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))[component]
+def _component_class(index: Mapping[str, Any], component: str) -> Any:
+    library, name = index[component]
     found = getattr(diffusers, name, None) if library == "diffusers" else None
     if found is None:
         raise UnsupportedError(f"{component} is {library}.{name}; only models of diffusers can be split")

@@ -7,7 +7,7 @@ from typing import Any
 
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.signature import CallSignature, signature_faults
-from vaepp_sdk.spec.calls import MAX_IMAGES, call_faults
+from vaepp_sdk.spec.calls import COUNTS, MAX_IMAGES, call_faults, each_prompt
 from vaepp_sdk.spec.values import MAX_INTEGER
 from vaepp_sdk.text import shown
 
@@ -54,10 +54,11 @@ def _whole_faults(
 
 def _size_faults(call: Mapping[str, Any], prompts: int, path: str) -> list[Fault]:
     faults = []
-    images = prompts * (call.get("num_images_per_prompt") or 1)
+    images = prompts * each_prompt(call)
     if images > MAX_IMAGES:
         found = f"prompts and pictures of each make {images} pictures"
-        faults.append(Fault(f"{path}.num_images_per_prompt", found, f"at most {MAX_IMAGES} work"))
+        key = next((key for key in COUNTS if call.get(key)), COUNTS[0])
+        faults.append(Fault(f"{path}.{key}", found, f"at most {MAX_IMAGES} work"))
     seed = call.get("seed") or 0
     if seed + images - 1 > MAX_INTEGER:
         fix = f"it must be at most {MAX_INTEGER - images + 1} for {images} pictures"

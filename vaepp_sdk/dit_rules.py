@@ -13,7 +13,7 @@ from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.spec.classes import MAX_RANKS
 
-__all__ = ["dit_faults", "excluded_faults"]
+__all__ = ["dit_faults", "dit_notices", "excluded_faults"]
 
 _KEYS: Mapping[str, str] = {
     "data": "data_parallel_size",
@@ -58,6 +58,21 @@ def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: Pipeline
     return faults
 
 
+def dit_notices(dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntry | None) -> list[str]:
+    """What is said of sizes that work and bring nothing.
+
+    Args:
+        dims: the sizes.
+        call: the spec's `[call]`.
+        entry: the pipeline's entry, if there is one.
+    """
+    calls = entry.dit.calls if entry is not None and entry.dit is not None else None
+    if calls is None or dims.cfg == 1 or calls.paired(call):
+        return []
+    why = "without guidance a step calls the transformer once, and every rank of a row runs that call"
+    return [f"parallel.{_KEYS['cfg']} takes no effect for [call]: {why}."]
+
+
 def _lacking(axis: str, size: int, plan: DiTPlan, pipeline: str, registry: Registry) -> Fault:
     """A dimension that the pipeline's plan does not have."""
     others = [_KEYS[other] for other in plan.axes]
@@ -78,7 +93,7 @@ def _cfg_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[
 
 def _pipeline_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
     assert plan.pipeline is not None
-    layers = _width("layers", plan.pipeline.layers, plan.component, folder)
+    layers = min(_widths("layers", plan.pipeline.layers, plan, folder).values())
     if dims.pipeline <= layers:
         return []
     found = f"found {dims.pipeline}, and the model has layers = {layers}"
@@ -88,7 +103,7 @@ def _pipeline_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> 
 def _ulysses_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
     """Heads need not divide evenly, but every rank must have one."""
     assert plan.sequence is not None
-    heads = _width("attention heads", plan.sequence.heads, plan.component, folder)
+    heads = min(_widths("attention heads", plan.sequence.heads, plan, folder).values())
     held = heads // dims.tensor
     if dims.ulysses <= held:
         return []
@@ -100,7 +115,9 @@ def _ulysses_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> l
 def _tensor_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
     assert plan.tensor is not None
     size, path = dims.tensor, f"$.parallel.{_KEYS['tensor']}"
-    widths = {name: _width(name, rule, plan.component, folder) for name, rule in plan.tensor.widths.items()}
+    widths: dict[str, int] = {}
+    for name, rule in plan.tensor.widths.items():
+        widths |= _widths(name, rule, plan, folder)
     uneven = {name: width for name, width in widths.items() if width % size}
     if not uneven:
         return []
@@ -108,6 +125,16 @@ def _tensor_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> li
     fits = _common_sizes(widths)
     fix = f"sizes that work: {', '.join(map(str, fits))}" if fits else "only 1 works for this model"
     return [Fault(path, f"{size} does not divide {names}", fix)]
+
+
+def _widths(
+    name: str, rule: Callable[[Mapping[str, Any]], int], plan: DiTPlan, folder: ModelFolder
+) -> dict[str, int]:
+    """A width by name, of every transformer that the model has."""
+    others = [other for other in plan.others if other in folder.components]
+    return {name: _width(name, rule, plan.component, folder)} | {
+        f"{name} of {other}": _width(name, rule, other, folder) for other in others
+    }
 
 
 def _width(name: str, rule: Callable[[Mapping[str, Any]], int], component: str, folder: ModelFolder) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchPlan",
+    "CallsPlan",
     "ChainPlan",
     "DiTPlan",
     "LighterRule",
@@ -147,6 +148,8 @@ class TensorPlan:
             is split by itself; the rule reads the parts' widths from `config.json`.
         optional: of the names above those that some blocks lack.
         further: the plans of lists whose blocks are built in another way.
+        norms: RMS norms over features that `colwise` cuts, as those over all heads at once; norms over one
+            head need no change.
     """
 
     blocks: tuple[str, ...]
@@ -157,11 +160,12 @@ class TensorPlan:
     packed: Mapping[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = attrs.field(factory=dict)
     optional: tuple[str, ...] = ()
     further: tuple[TensorPlan, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
 class BatchPlan:
-    """How the transformer's call is shared out over the two guidance branches.
+    """How the transformer's call is shared out where it has both guidance branches in its batch.
 
     Attributes:
         arguments: the arguments of its forward that hold a batch, as a tensor or as a list; its first output
@@ -169,6 +173,23 @@ class BatchPlan:
     """
 
     arguments: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class CallsPlan:
+    """How guidance is shared out where a step calls the transformer twice, once for each branch.
+
+    The pipeline must hand both calls of a step the very same latents, and look at the first call's output
+    after the second call only.
+
+    Attributes:
+        latents: the argument of its forward that holds them; its first output has their shape and dtype.
+        paired: whether a step makes two calls, read from the pipeline's keyword arguments as the user gave
+            them; those left out are at the pipeline's defaults.
+    """
+
+    latents: str
+    paired: Callable[[Mapping[str, Any]], bool]
 
 
 @attrs.frozen(kw_only=True)
@@ -180,21 +201,25 @@ class ChainPlan:
         carried: the arguments of a block that are what the one before returned, in that order.
         batched: the arguments that hold a batch along their first dimension, where they are tensors.
         sequence: the arguments that hold the sequence, and the dimension it lies on; those of one token are
-            worked on alone everywhere but in attention.
+            worked on alone everywhere but in attention. `(dimension, dims)` is for an argument that holds
+            it only where it has that many dimensions.
         joins: the carried sequences that attention sees one after another, once for each kind of attention
             in a block; left out, all of them in their order.
         joined: the arguments that hold something for every token of the first of `joins`, as positions do,
             and the dimension it lies on.
         dropped: the carried arguments that the last block does not return; it gives None in their place.
+        local: submodules of a block whose attention is to tokens outside the sequence, as to those of a text,
+            which every rank holds.
     """
 
     blocks: str
     carried: tuple[str, ...]
     batched: tuple[str, ...]
-    sequence: Mapping[str, int]
+    sequence: Mapping[str, int | tuple[int, int]]
     joins: tuple[tuple[str, ...], ...] = ()
     joined: Mapping[str, int] = attrs.field(factory=dict)
     dropped: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -237,8 +262,10 @@ class DiTPlan:
 
     Attributes:
         component: the pipeline's component, as named in `model_index.json`.
+        others: further components of the same kind that take turns with it; a model may lack them.
         tensor: for `tensor_parallel_size`.
-        batch: for `cfg_parallel_size`.
+        batch: for `cfg_parallel_size`, where one call has both guidance branches.
+        calls: for `cfg_parallel_size`, where each branch has a call of its own.
         sequence: for `ulysses_degree` and `ring_degree`.
         pipeline: for `pipeline_parallel_size`.
         data: for `data_parallel_size`: whether the stages take lists of prompts and one generator a picture.
@@ -247,19 +274,26 @@ class DiTPlan:
     """
 
     component: str = "transformer"
+    others: tuple[str, ...] = ()
     tensor: TensorPlan | None = None
     batch: BatchPlan | None = None
+    calls: CallsPlan | None = None
     sequence: SequencePlan | None = None
     pipeline: PipelinePlan | None = None
     data: bool = False
     excludes: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """All components that are spread."""
+        return self.component, *self.others
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """The dimensions it supports, outermost first, as `vaepp_sdk.parallel.dims.AXES` names them."""
         supported = {
             "data": self.data,
-            "cfg": self.batch is not None,
+            "cfg": self.batch is not None or self.calls is not None,
             "pipeline": self.pipeline is not None,
             "ring": self.sequence is not None,
             "ulysses": self.sequence is not None,
@@ -283,6 +317,7 @@ class PipelineEntry:
         dit: the DiT plan; None where the DiT runs on one rank only.
         text_encoders: components that only the stage `encode_prompt` uses. Where there are any, one rank of
             each replica holds them and encodes for the others, whose pipelines have None in their place.
+        fps: frames a second of its clips, where a spec says nothing else; None where it makes pictures.
     """
 
     name: str
@@ -293,6 +328,7 @@ class PipelineEntry:
     pick: PickRule | None = None
     dit: DiTPlan | None = None
     text_encoders: tuple[str, ...] = ()
+    fps: int | None = None
 
 
 def load_object(reference: str | Callable[..., Any], owner: str) -> Callable[..., Any]:

@@ -13,12 +13,14 @@ import attrs
 import torch
 from PIL.Image import Image
 
-from vaepp_sdk.assembly import build_pipeline, moves_by_stage, quiet_libraries, software
+from vaepp_sdk.assembly import build_pipeline, moves_by_stage, quiet_libraries
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
+from vaepp_sdk.dit.guidance import guided
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.entries import load_object
+from vaepp_sdk.dit.spread import transformers_of
+from vaepp_sdk.entries import DiTPlan, load_object
 from vaepp_sdk.errors import UnsupportedError, VaeppWarning
 from vaepp_sdk.events import StageEnd
 from vaepp_sdk.keeping import Keeper
@@ -29,10 +31,10 @@ from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
-from vaepp_sdk.saving import PictureFolder, metadata, slug
+from vaepp_sdk.saver import Picture, Saver
+from vaepp_sdk.saving import PictureFolder
 from vaepp_sdk.spec import OutputSpec
 from vaepp_sdk.stages import Observer, PipelineStages, StageRunner, step_callback
-from vaepp_sdk.vae.plan import Box
 
 __all__ = ["Executor", "RankResult"]
 
@@ -43,6 +45,7 @@ class RankResult:
 
     Attributes:
         images: the pictures that landed here; with `output = "sharded"` this rank's rectangles of them.
+        frames: where the pipeline makes clips, the frames of each, otherwise as `images`.
         files: what this rank saved.
         stages: the stages of this request, in order.
         seed: the first picture's.
@@ -50,25 +53,11 @@ class RankResult:
     """
 
     images: list[Image]
+    frames: list[list[Image]]
     files: tuple[str, ...]
     stages: tuple[StageEnd, ...]
     seed: int
     notices: tuple[str, ...] = ()
-
-
-@attrs.frozen(eq=False)
-class _Picture:
-    """One picture, or a rectangle of one where the output stays sharded.
-
-    Attributes:
-        image: the pixels.
-        index: its number in the request.
-        box: which rectangle it is; None for a whole picture.
-    """
-
-    image: Image
-    index: int
-    box: Box | None = None
 
 
 class Executor:
@@ -104,7 +93,9 @@ class Executor:
         self._runner = StageRunner(group.rank, group.world_size, group.device, registry, observer)
         output = resolved.spec.output
         folder = Path(output.dir) if output else resolved.spec.base / OutputSpec().dir
-        self._folder = PictureFolder(folder, output.overwrite if output else False)
+        self._saver = Saver(
+            PictureFolder(folder, output.overwrite if output else False), resolved, group, timeout
+        )
         self._keeper = Keeper(store, resolved, group, timeout, observer) if store else None
         self._prompts = PromptShare.over(group)
         self._replicas = Replicas(Row.over(group.axis("data")), group.device)
@@ -136,16 +127,29 @@ class Executor:
         pictures = self._pictures(request)
         files: tuple[str, ...] = ()
         if request.save:
-            files = self._runner.run("save", request.number, lambda: self._save(request, pictures))
-        images = [picture.image for picture in pictures]
-        return RankResult(images, files, tuple(self._runner.ended), request.seed, self._steps_down)
+            sharded = self._decoder is not None and self._decoder.leaves_sharded
+            notes = self._steps_down
+            files = self._runner.run(
+                "save",
+                request.number,
+                lambda: self._saver.save(request, pictures, sharded=sharded, steps_down=notes),
+            )
+        made = [picture.image for picture in pictures]
+        return RankResult(
+            images=[one for one in made if not isinstance(one, list)],
+            frames=[one for one in made if isinstance(one, list)],
+            files=files,
+            stages=tuple(self._runner.ended),
+            seed=request.seed,
+            notices=self._steps_down,
+        )
 
     @property
     def _steps_down(self) -> tuple[str, ...]:
         """What the last decode did because a rank's memory was not enough, in sentences."""
         return tuple(str(step) for step in self._decoder.steps_down) if self._decoder else ()
 
-    def _pictures(self, request: Request) -> list[_Picture]:
+    def _pictures(self, request: Request) -> list[Picture]:
         if request.latents:
             return self._resumed(request)
         return self._staged(request) if self._stages else self._whole(request)
@@ -153,7 +157,7 @@ class Executor:
     def _load(self) -> None:
         quiet_libraries(self._group.rank)
         if self._resolved.spec.output is not None and self._group.rank == 0:
-            self._folder.prepare()  # before hours of work, not after
+            self._saver.folder.prepare()  # before hours of work, not after
         resolved, entry = self._resolved, self._resolved.entry
         self._pipe = build_pipeline(resolved, self._group)
         if entry is None:
@@ -176,7 +180,7 @@ class Executor:
             self._sharers,
         )
 
-    def _staged(self, request: Request) -> list[_Picture]:
+    def _staged(self, request: Request) -> list[Picture]:
         """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
         stages, runner = self._stages, self._runner
         assert stages is not None
@@ -189,7 +193,7 @@ class Executor:
         )
         latents = runner.run("denoise", request.number, lambda: self._denoise(stages, call, own, request))
 
-        def decode() -> list[_Picture]:
+        def decode() -> list[Picture]:
             everyone = self._replicas.gather(latents, request.images)
             return self._decode(stages, everyone, call)
 
@@ -215,86 +219,66 @@ class Executor:
         if own:
             self._enter("denoise")
             on_step = self._runner.progress("denoise")
-            latents = stages.denoise(self._pipe, call, _generators(request, own), on_step)
+            with guided(transformers_of(self._pipe, self._plan), self._plan.calls, request.call):
+                latents = stages.denoise(self._pipe, call, _generators(request, own), on_step)
         if self._keeper is not None:
             self._keeper.keep(latents, own, request)
         if latents is not None:
             self._check_latents(latents)
         return latents
 
-    def _resumed(self, request: Request) -> list[_Picture]:
+    def _resumed(self, request: Request) -> list[Picture]:
         """Decode latents that were kept; they are the same on every rank."""
         stages = self._stages
         if stages is None:
             raise UnsupportedError(f"no plugin says how to decode for {self._resolved.pipeline_class} alone")
 
-        def decode() -> list[_Picture]:
+        def decode() -> list[Picture]:
             latents = load_latents(request.latents, self._group.device)
             self._check_latents(latents)
             return self._decode(stages, latents, dict(request.call))
 
         return self._runner.run("decode", request.number, decode)
 
+    @property
+    def _plan(self) -> DiTPlan:
+        """How the transformer is spread; an empty plan where there is none."""
+        entry = self._resolved.entry
+        return (entry.dit if entry is not None else None) or DiTPlan()
+
     def _check_latents(self, latents: torch.Tensor) -> None:
         output = self._resolved.spec.output
         check_latents(latents, self._group.rank, allowed=output is not None and output.allow_nonfinite)
 
-    def _decode(self, stages: PipelineStages, latents: torch.Tensor, call: dict[str, Any]) -> list[_Picture]:
+    def _decode(self, stages: PipelineStages, latents: torch.Tensor, call: dict[str, Any]) -> list[Picture]:
         """Decode the pictures of all replicas as one batch."""
         assert self._decoder is not None
         self._enter("decode")
         sharded = self._decoder.leaves_sharded
         pieces = self._decoder.decode(stages.vae_input(self._pipe, latents, call))
-        return [
-            _Picture(image, index, piece.box if sharded else None)
-            for piece in pieces
-            for index, image in enumerate(stages.pictures(self._pipe, piece.tensor))
-        ]
+        made: list[Picture] = []
+        for piece in pieces:
+            box = piece.box if sharded else None
+            images: Sequence[Image | list[Image]] = stages.pictures(self._pipe, piece.tensor)
+            made += [Picture(image, index, box) for index, image in enumerate(images)]
+        return made
 
-    def _whole(self, request: Request) -> list[_Picture]:
+    def _whole(self, request: Request) -> list[Picture]:
         """Run a pipeline without an entry as one stage, on rank 0; other ranks have nothing to do."""
         if self._group.rank != 0:
             return []
         images = self._runner.run("call", request.number, lambda: self._call(request))
-        return [_Picture(image, index) for index, image in enumerate(images)]
+        return [Picture(image, index) for index, image in enumerate(images)]
 
-    def _call(self, request: Request) -> Sequence[Image]:
-        extra: dict[str, Any] = {}
-        if "callback_on_step_end" in inspect.signature(self._pipe.__call__).parameters:
+    def _call(self, request: Request) -> Sequence[Image | list[Image]]:
+        parameters, extra = inspect.signature(self._pipe.__call__).parameters, dict[str, Any]()
+        if "callback_on_step_end" in parameters:
             extra["callback_on_step_end"] = step_callback(self._runner.progress("call"))
+        if "output_type" in parameters:
+            extra["output_type"] = "pil"  # the default of pipelines that make clips is another
         result = self._pipe(**request.call, generator=_generators(request, range(request.images)), **extra)
-        images: Sequence[Image] = result.images
-        return images
-
-    def _save(self, request: Request, pictures: Sequence[_Picture]) -> tuple[str, ...]:
-        """Save what this rank has; of pictures that landed on every rank, rank 0's."""
-        sharded = self._decoder is not None and self._decoder.leaves_sharded
-        if self._group.rank != 0 and not sharded:
-            return ()
-        first = self._agreed_number(request.images) if sharded else self._folder.number(request.images)
-        return tuple(self._save_one(request, picture, first) for picture in pictures)
-
-    def _agreed_number(self, count: int) -> int:
-        """Rank 0's next number on every rank, so that the rectangles of a picture share a name."""
-        number = self._folder.number(count) if self._group.rank == 0 else 0
-        return self._group.told_by_rank0(number, "file number", self._timeout)
-
-    def _save_one(self, request: Request, picture: _Picture, first: int) -> str:
-        seed = request.seed + picture.index
-        prompt = request.prompts[picture.index * len(request.prompts) // request.images]
-        name = f"{first + picture.index:04d}-{slug(prompt)}-seed{seed}"
-        details: dict[str, Any] = {
-            "spec": self._resolved.spec.to_shareable(),
-            "call": dict(request.call),
-            "pipeline": self._resolved.pipeline_class,
-        }
-        if self._steps_down:
-            details["stepped_down"] = list(self._steps_down)
-        if picture.box is not None:
-            name += f"-y{picture.box.top}-x{picture.box.left}"
-            details["position"] = attrs.asdict(picture.box)
-        info = metadata(prompt, seed, details, software())
-        return str(self._folder.save(picture.image, f"{name}.png", info))
+        found: Sequence[Image | list[Image]] = result.frames if hasattr(result, "frames") else result.images
+        return found
 
 
 def _generators(request: Request, own: range) -> list[torch.Generator]:

@@ -18,8 +18,8 @@ _HOME = torch.device("cpu")
 
 def needs(entry: PipelineEntry) -> Mapping[str, tuple[str, ...]]:
     """The components that each stage uses and no other does."""
-    transformer = (entry.dit.component,) if entry.dit is not None else ()
-    return {"encode_prompt": entry.text_encoders, "denoise": transformer, "decode": ("vae",)}
+    transformers = entry.dit.components if entry.dit is not None else ()
+    return {"encode_prompt": entry.text_encoders, "denoise": transformers, "decode": ("vae",)}
 
 
 @attrs.define(eq=False)

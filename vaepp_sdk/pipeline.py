@@ -40,7 +40,8 @@ class Result:
 
     Attributes:
         images: the pictures, or every rank's pieces where the output is sharded; under a launcher, what
-            landed on this rank.
+            landed on this rank. Empty where the pipeline makes clips.
+        frames: the frames of each clip, otherwise as `images`. Empty where the pipeline makes pictures.
         files: where they were saved.
         seed: image i started from noise of `seed + i`.
         stages: what each rank did, by rank; the first call's begin with `load`.
@@ -55,6 +56,7 @@ class Result:
     stages: tuple[tuple[StageEnd, ...], ...]
     notices: tuple[str, ...]
     latents: str | None = None
+    frames: tuple[tuple[Image, ...], ...] = ()
 
 
 def _unheard(event: Event) -> None:
@@ -220,8 +222,11 @@ class Pipeline:
         return result
 
     def _result(self, answers: Answers) -> Result:
+        images = tuple(image for pictures in answers.pictures for image in pictures)
+        length = max(value.get("frames", 0) for value in answers.values)
         return Result(
-            images=tuple(image for pictures in answers.pictures for image in pictures),
+            images=() if length else images,
+            frames=tuple(images[at : at + length] for at in range(0, len(images), length)) if length else (),
             files=tuple(name for value in answers.values for name in value["files"]),
             seed=answers.values[0]["seed"],
             stages=tuple(tuple(StageEnd(**end) for end in value["stages"]) for value in answers.values),

@@ -12,7 +12,7 @@ from vaepp_sdk.call_rules import request_faults
 from vaepp_sdk.dit_rules import excluded_faults
 from vaepp_sdk.errors import SpecError
 from vaepp_sdk.resolve import Resolved
-from vaepp_sdk.spec.calls import copied
+from vaepp_sdk.spec.calls import copied, each_prompt
 
 __all__ = ["Request", "make_request"]
 
@@ -46,7 +46,7 @@ class Request:
     @property
     def images(self) -> int:
         """How many pictures it makes."""
-        return len(self.prompts) * (self.call.get("num_images_per_prompt") or 1)
+        return len(self.prompts) * each_prompt(self.call)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from vaepp_sdk.call_rules import request_faults
-from vaepp_sdk.dit_rules import dit_faults, excluded_faults
+from vaepp_sdk.dit_rules import dit_faults, dit_notices, excluded_faults
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
 from vaepp_sdk.model_folder import fetch_weights, open_model
@@ -27,6 +28,9 @@ __all__ = ["Resolved", "resolve"]
 _MAX_TOLD = 50
 """Faults told of requests to come: a file may hold thousands, all wrong for one reason."""
 
+_FPS = 16
+"""Of clips where neither the spec nor an entry says another."""
+
 
 @attrs.frozen(kw_only=True)
 class Resolved:
@@ -41,6 +45,8 @@ class Resolved:
         vae_size: ranks that share the VAE's work; 1 is the plain VAE, untouched.
         use_tiling: whether the VAE's tiling is on; None leaves the model's own setting.
         notices: what the user is told, once, one sentence each.
+        clip_rate: frames a second of the video files that clips are saved as; None saves each frame as a
+            picture.
         signature: what the pipeline's call takes, or None where its source cannot be found.
         decode_only: whether latents are there already, so that of the model only the VAE is loaded.
     """
@@ -53,6 +59,7 @@ class Resolved:
     vae_size: int
     use_tiling: bool | None
     notices: tuple[str, ...]
+    clip_rate: int | None = None
     signature: CallSignature | None = None
     decode_only: bool = False
 
@@ -65,6 +72,7 @@ class Resolved:
             "vae_size": self.vae_size,
             "use_tiling": self.use_tiling,
             "notices": list(self.notices),
+            "clip_rate": self.clip_rate,
             "decode_only": self.decode_only,
         }
 
@@ -82,6 +90,7 @@ class Resolved:
             vae_size=data["vae_size"],
             use_tiling=data["use_tiling"],
             notices=tuple(data["notices"]),
+            clip_rate=data["clip_rate"],
             signature=_signature(data["pipeline_class"], entry),
             decode_only=data["decode_only"],
         )
@@ -137,8 +146,11 @@ def resolve(
             *registry.problems,
             *_model_notices(spec, folder.pipeline_class, signature),
             *_whole_notices(spec, folder.pipeline_class, entry),
+            *([] if decode_only else dit_notices(dims, spec.call, entry)),
+            *_clip_notices(spec, folder.pipeline_class, entry),
             *decision.notices,
         ),
+        clip_rate=_clip_rate(spec, entry),
         signature=signature,
         decode_only=decode_only,
     )
@@ -199,3 +211,27 @@ def _whole_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | Non
     verb = "takes" if len(keys) == 1 else "take"
     reason = f"no plugin runs {pipeline} stage by stage"
     return [f"{', '.join(keys)} {verb} no effect: {reason}."] if keys else []
+
+
+def _clip_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:
+    """What is said of clips that are to be saved; without an entry nobody knows whether there are any."""
+    if spec.output is None or entry is None:
+        return []
+    if entry.fps is None:
+        return [f"output.fps takes no effect: {pipeline} makes pictures."] if spec.output.fps else []
+    if spec.vae.output == "sharded" and spec.output.fps:
+        return ["output.fps takes no effect: pieces of clips are saved as folders of PNG files."]
+    if _writes_videos():
+        return []
+    return ["Clips are saved as folders of PNG files; for video files: pip install 'vaepp-sdk[video]'."]
+
+
+def _clip_rate(spec: PipelineSpec, entry: PipelineEntry | None) -> int | None:
+    wanted = spec.output.fps if spec.output is not None else None
+    own = entry.fps if entry is not None else None
+    return (wanted or own or _FPS) if _writes_videos() else None
+
+
+def _writes_videos() -> bool:
+    """Whether the packages that encode videos are there."""
+    return all(find_spec(name) is not None for name in ("imageio", "imageio_ffmpeg"))

@@ -1,4 +1,4 @@
-"""Saves pictures: whole files or none, never over another, with what made them in their metadata."""
+"""Saves pictures and clips: whole or not at all, never over another, with what made them beside or inside."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from vaepp_sdk.errors import OutputError
 
-__all__ = ["PictureFolder", "metadata", "slug"]
+__all__ = ["Origin", "PictureFolder", "slug"]
 
-_NUMBERED = re.compile(r"(\d{4,})-.*\.png")
+_FRAMES = "-frames"
+"""How the name of a folder with a clip's frames ends."""
+
+_NUMBERED = re.compile(rf"(\d{{4,}})-.*(?:\.png|\.mp4|{_FRAMES})")
 _SLUG_LENGTH = 48
 
 
@@ -33,22 +37,39 @@ def slug(prompt: str) -> str:
     return words or "picture"
 
 
-def metadata(prompt: str, seed: int, details: Mapping[str, Any], software: str) -> PngInfo:
-    """PNG text chunks: `prompt`, `seed`, `Software`, and `vaepp`, which holds `details` as JSON.
+@attrs.frozen
+class Origin:
+    """What made a picture.
 
-    Args:
-        prompt: any text. Where it is no valid Unicode (lone surrogates), `prompt` shows U+FFFD instead;
-            `vaepp` has it as it was.
+    Attributes:
+        prompt: any text.
         seed: of this picture.
         details: plain data.
-        software: names and versions of what made the picture.
+        software: names and versions.
     """
-    info = PngInfo()
-    info.add_itxt("prompt", prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    info.add_text("seed", str(seed))
-    info.add_text("Software", software)
-    info.add_text("vaepp", json.dumps({"prompt": prompt, "seed": seed, **details}))
-    return info
+
+    prompt: str
+    seed: int
+    details: Mapping[str, Any]
+    software: str
+
+    def png(self) -> PngInfo:
+        """PNG text chunks: `prompt`, `seed`, `Software`, and `vaepp`, which holds the details as JSON.
+
+        Where the prompt is no valid Unicode (lone surrogates), `prompt` shows U+FFFD instead; `vaepp` has it
+        as it was.
+        """
+        info = PngInfo()
+        info.add_itxt("prompt", self.prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        info.add_text("seed", str(self.seed))
+        info.add_text("Software", self.software)
+        info.add_text("vaepp", json.dumps({"prompt": self.prompt, "seed": self.seed, **self.details}))
+        return info
+
+    def text(self) -> str:
+        """The same as a JSON file, for clips: video files have no place for it."""
+        held = {"prompt": self.prompt, "seed": self.seed, "software": self.software, **self.details}
+        return json.dumps(held, indent=2) + "\n"
 
 
 @attrs.define(eq=False)
@@ -98,20 +119,45 @@ class PictureFolder:
         Raises:
             OutputError: the name is taken, or the file cannot be written; names the file.
         """
+        return self._put(name, lambda path: _write(image, path, info))
+
+    def save_clip(self, frames: Sequence[Image], name: str, origin: Origin, rate: int | None) -> Path:
+        """Write a clip under a name of its own; it is there completely or not at all.
+
+        Args:
+            frames: its pictures.
+            name: the file's without its ending.
+            origin: what made it.
+            rate: frames a second, for a video file with a JSON file beside it; None for a folder of PNG
+                files.
+
+        Returns:
+            The video file or the folder.
+
+        Raises:
+            OutputError: the name is taken, or a file cannot be written; names the file.
+        """
+        if rate is None:
+            return self._put(f"{name}{_FRAMES}", lambda path: _write_frames(frames, path, origin.png()))
+        made = self._put(f"{name}.mp4", lambda path: _write_video(frames, path, rate))
+        self._put(f"{name}.json", lambda path: _write_text(origin.text(), path))
+        return made
+
+    def _put(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Write under another name first."""
         self._make()
         target = self.path / name
         scratch = self.path / f".{name}-{secrets.token_hex(8)}.tmp"
         try:
-            _write(image, scratch, info)
+            write(scratch)
             if self.overwrite:
-                scratch.replace(target)
+                _replace(scratch, target)
             else:
                 _place(scratch, target)
         except OSError as error:
             raise _refused(target, error) from error
         finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
+            _remove(scratch)
         return target
 
     def _make(self) -> None:
@@ -141,8 +187,60 @@ def _write(image: Image, path: Path, info: PngInfo) -> None:
         os.fsync(file.fileno())
 
 
+def _write_text(text: str, path: Path) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_frames(frames: Sequence[Image], path: Path, info: PngInfo) -> None:
+    """Write a new folder of numbered frames."""
+    path.mkdir()
+    for number, frame in enumerate(frames):
+        _write(frame, path / f"frame-{number:04d}.png", info)
+
+
+def _write_video(frames: Sequence[Image], path: Path, rate: int) -> None:
+    """Write a new video file; sides of odd length are rounded up, as its format wants them."""
+    from diffusers.utils import export_to_video
+
+    made = path.with_name(f"{path.name}.mp4")  # the encoder goes by the ending
+    try:
+        export_to_video(list(frames), str(made), fps=rate, macro_block_size=2)
+        made.rename(path)
+    finally:
+        made.unlink(missing_ok=True)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    """Give a finished file or folder its name, where another of its kind may have it."""
+    if scratch.is_dir() and target.is_dir() and not target.is_symlink():
+        old = target.with_name(f"{scratch.name}-old")
+        target.rename(old)  # a folder with files in it cannot be replaced in one step
+        scratch.rename(target)
+        shutil.rmtree(old)
+    else:
+        scratch.replace(target)
+
+
+def _remove(scratch: Path) -> None:
+    """Remove what was not finished, if there is any."""
+    if scratch.is_dir():
+        shutil.rmtree(scratch, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        scratch.unlink()
+
+
 def _place(scratch: Path, target: Path) -> None:
-    """Give a finished file its name, unless that is taken; checking first would leave a gap for others."""
+    """Give a finished file or folder its name, unless that is taken; checking first would leave a gap."""
+    if scratch.is_dir():
+        target.mkdir()  # the name is taken, or now nobody else's
+        scratch.replace(target)
+        return
     try:
         os.link(scratch, target)
     except FileExistsError:

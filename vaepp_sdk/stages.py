@@ -64,8 +64,12 @@ class PipelineStages(Protocol):
         """What the pipeline itself would give `vae.decode` for these latents, in the VAE's dtype."""
         ...
 
-    def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
-        """What the pipeline makes of a decoded sample, or of a rectangle cut from one: one per picture."""
+    def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image] | list[list[Image]]:
+        """What the pipeline makes of a decoded sample, or of a rectangle cut from one.
+
+        Returns:
+            One picture each, or the frames of one clip each.
+        """
         ...
 
 

@@ -1,19 +1,22 @@
-"""Guidance parallelism: each of two ranks runs one half of a transformer call's batch."""
+"""Guidance parallelism: each of two ranks runs one half of a call's batch, or one call of two."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from dims_jobs import TRUNCATED, Made, check, on
 from dit_traffic import traffic
 from pipeline_jobs import loaded, resolved_for, run
 
-from vaepp_sdk.dit.guidance import BatchSplit
+from vaepp_sdk.dit.guidance import BatchSplit, CallSplit, guided
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.entries import BatchPlan
+from vaepp_sdk.entries import BatchPlan, CallsPlan
+from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.testing import run_ranks
 
 
@@ -31,7 +34,7 @@ def counted_rank(rank: int, model: str) -> list[Any]:
     transformer.forward._forward = spy
     with traffic() as seen:
         run(executor, resolved, **TRUNCATED)
-    return [batches, seen, split_outputs(rank)]
+    return [batches, seen, split_outputs(rank), split_calls(rank)]
 
 
 def split_outputs(rank: int) -> bool:
@@ -50,6 +53,45 @@ def split_outputs(rank: int) -> bool:
     return torch.equal(as_object(x=value[:1]).sample, value[:1] + rank)
 
 
+CALLS = CallsPlan(latents="x", paired=lambda call: bool(call["on"]))
+
+
+def split_calls(rank: int) -> list[int]:
+    """Pairs of calls, and what is no pair; returns the bytes that were sent."""
+    ran: list[int] = []
+
+    def forward(x: Any, scale: int, return_dict: bool = True) -> Any:
+        ran.append(scale)
+        made = (x * scale).expand(2, -1) if scale == 9 else x * scale
+        return Transformer2DModelOutput(sample=made) if return_dict else (made,)
+
+    model = SimpleNamespace(forward=CallSplit(forward, CALLS, Row.over(torch.distributed.group.WORLD)))
+    split = model.forward
+    with traffic() as seen:
+        with guided([model], CALLS, {"on": True}):
+            for step in (1.0, 2.0):
+                latents = torch.arange(3.0) + step
+                first = split(latents, scale=2, return_dict=False)[0]
+                assert bool(torch.isfinite(first).all()) is (rank == 0), "the other rank has it after both"
+                second = split(latents, 3).sample
+                assert torch.equal(first, latents * 2)
+                assert torch.equal(second, latents * 3)
+        assert ran == [2 + rank] * 2
+        with guided([model], CALLS, {"on": False}):
+            assert torch.equal(split(latents, 5).sample, latents * 5)
+        assert ran.pop() == 5
+    split.begin(True)
+    split(latents, 2)
+    with pytest.raises(UnsupportedError, match="the last step called the transformer once"):
+        split.end()
+    with pytest.raises(UnsupportedError, match="once, or with other latents"):
+        split(latents.clone(), 2)
+    split.begin(True)
+    with pytest.raises(UnsupportedError, match=r"of shape \(2, 3\) from"):
+        _ = split(latents, 9), split(latents, 9)
+    return seen.pop("broadcast")
+
+
 def test_pictures_are_those_of_one_process(layered_model: Path, one_process: list[Made]) -> None:
     (found,) = on(2, layered_model, {"cfg_parallel_size": 2})
     check(found, one_process)
@@ -58,8 +100,9 @@ def test_pictures_are_those_of_one_process(layered_model: Path, one_process: lis
 
 def test_each_rank_runs_half_of_the_batch(tiny_model: Path) -> None:
     guided, plain = 6, 3
-    for rank, (batches, seen, small) in enumerate(run_ranks(2, counted_rank, str(tiny_model))):
+    for rank, (batches, seen, small, calls) in enumerate(run_ranks(2, counted_rank, str(tiny_model))):
         assert small
+        assert calls == [3 * 4] * 2, "a rank sends the output of its own call, once a step"
         own = {6: 3, 3: 2 - rank}
         steps = [tuple([own[size]] * 3) for size in (guided, guided, plain)]
         assert sorted(batches, reverse=True) == steps

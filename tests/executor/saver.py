@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from vaepp_sdk.errors import OutputError
-from vaepp_sdk.saving import PictureFolder, metadata
+from vaepp_sdk.saving import Origin, PictureFolder
 
 POINTS = 20
 OLD, NEW = (1, 2, 3), (9, 8, 7)
@@ -29,7 +29,7 @@ OLD, NEW = (1, 2, 3), (9, 8, 7)
 
 def save(folder: Path, overwrite: bool, colour: tuple[int, int, int]) -> None:
     picture = Image.new("RGB", (300, 200), colour)
-    PictureFolder(folder, overwrite).save(picture, "0000-a-seed1.png", metadata("a", 1, {}, "test"))
+    PictureFolder(folder, overwrite).save(picture, "0000-a-seed1.png", Origin("a", 1, {}, "test").png())
 
 
 def lines_of(action: Callable[[], None], at: int | None = None) -> int:
@@ -116,7 +116,7 @@ def full(folder: Path) -> dict[str, Any]:
     save(folder, False, OLD)
     noise = Image.frombytes("RGB", (300, 200), os.urandom(300 * 200 * 3))
     try:
-        PictureFolder(folder, True).save(noise, "0000-a-seed1.png", metadata("a", 1, {}, "test"))
+        PictureFolder(folder, True).save(noise, "0000-a-seed1.png", Origin("a", 1, {}, "test").png())
     except OutputError as error:
         left = sorted(path.name for path in folder.iterdir())
         return {"state": state(folder), "left": left, "said": str(error)}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vaepp_sdk.errors import OutputError
-from vaepp_sdk.saving import PictureFolder, metadata, slug
+from vaepp_sdk.saving import Origin, PictureFolder, slug
 
 PICTURE = Image.new("RGB", (8, 8), (10, 20, 30))
 PROMPTS = [
@@ -27,7 +27,7 @@ PROMPTS = [
 
 
 def info(prompt: str = "p", seed: int = 7, **details: Any) -> Any:
-    return metadata(prompt, seed, details, "vaepp 0")
+    return Origin(prompt, seed, details, "vaepp 0").png()
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -148,3 +148,50 @@ def test_a_read_only_folder_is_refused_early(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "open", refuse)  # a root user may write to any folder, so its mode says nothing
     with pytest.raises(OutputError, match="Read-only file system"):
         PictureFolder(tmp_path).prepare()
+
+
+FRAMES = [Image.new("RGB", (16, 8), (10 * number, 20, 30)) for number in range(3)]
+ORIGIN = Origin("p", 7, {"spec": {}}, "vaepp 0")
+
+
+def test_a_clip_is_a_folder_of_frames(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    made = folder.save_clip(FRAMES, "0004-a-seed7", ORIGIN, None)
+    assert made == tmp_path / "0004-a-seed7-frames"
+    assert names(tmp_path) == [made.name]
+    assert names(made) == ["frame-0000.png", "frame-0001.png", "frame-0002.png"]
+    for frame, file in zip(FRAMES, sorted(made.iterdir()), strict=True):
+        with Image.open(file) as image:
+            assert image.tobytes() == frame.tobytes()
+            assert json.loads(image.text["vaepp"]) == {"prompt": "p", "seed": 7, "spec": {}}  # type: ignore[attr-defined]
+    assert folder.number(1) == 5
+    with pytest.raises(OutputError, match="0004-a-seed7-frames exists and is not replaced"):
+        folder.save_clip(FRAMES[:1], "0004-a-seed7", ORIGIN, None)
+    assert len(names(made)) == 3
+    PictureFolder(tmp_path, overwrite=True).save_clip(FRAMES[:1], "0004-a-seed7", ORIGIN, None)
+    assert names(made) == ["frame-0000.png"]
+    assert names(tmp_path) == [made.name], "nothing is left beside it"
+
+
+def test_a_clip_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*a-frames: No space"):
+        PictureFolder(tmp_path).save_clip(FRAMES, "a", ORIGIN, None)
+    assert names(tmp_path) == []
+
+
+def test_a_clip_is_a_video_file_with_its_origin_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("imageio", reason="the video extra is not installed")
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="the video extra is not installed")
+    made = PictureFolder(tmp_path).save_clip(FRAMES, "0004-a-seed7", ORIGIN, 8)
+    assert made == tmp_path / "0004-a-seed7.mp4"
+    assert names(tmp_path) == ["0004-a-seed7.json", "0004-a-seed7.mp4"]
+    held = json.loads((tmp_path / "0004-a-seed7.json").read_text())
+    assert held == {"prompt": "p", "seed": 7, "software": "vaepp 0", "spec": {}}
+    frames, seconds = ffmpeg.count_frames_and_secs(str(made))
+    assert (frames, frames / seconds) == (3, pytest.approx(8, rel=0.05))

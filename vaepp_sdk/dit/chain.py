@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vaepp_sdk.dit.line import Carried, Elsewhere, Stage
-from vaepp_sdk.dit.sequence import Joined, SequenceSplit, SplitAttention
+from vaepp_sdk.dit.sequence import Joined, LocalAttention, SequenceSplit, SplitAttention
 from vaepp_sdk.entries import ChainPlan
 from vaepp_sdk.errors import UnsupportedError
 
@@ -37,6 +37,9 @@ class Chain(nn.ModuleList):
         super().__init__(blocks)
         self._plan, self._split, self._stage = plan, split, stage
         self._own = [block for block in blocks if not isinstance(block, Elsewhere)]
+        if split is not None:
+            for module in (block.get_submodule(name) for block in self._own for name in plan.local):
+                module.forward = LocalAttention(module.forward)
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:  # type: ignore[override]
         """All blocks as one."""
@@ -47,12 +50,11 @@ class Chain(nn.ModuleList):
         bound = inspect.signature(self._own[0].forward).bind(*args, **kwargs)
         arguments = dict(bound.arguments)
         split, plan = self._split, self._plan
-        lengths = {
-            name: arguments[name].shape[dim] for name, dim in plan.sequence.items() if name in plan.carried
-        }
+        places = _places(plan, arguments)
+        lengths = {name: arguments[name].shape[dim] for name, dim in places.items() if name in plan.carried}
         attention: Any = nullcontext()
         if split is not None:
-            arguments = self._cut(arguments, lengths)
+            arguments = self._cut(arguments, places, lengths)
             attention = SplitAttention(split, self._layouts(lengths))
         with attention:
             carried = self._stage.run(arguments, self._blocks) if self._stage else self._blocks(arguments)
@@ -61,7 +63,7 @@ class Chain(nn.ModuleList):
             carried = tuple(
                 None
                 if value is None
-                else split.gather(value, plan.sequence[name], lengths[name], f"{name} after {plan.blocks}")
+                else split.gather(value, places[name], lengths[name], f"{name} after {plan.blocks}")
                 for name, value in zip(plan.carried, carried, strict=True)
             )
         return carried[0] if len(carried) == 1 else carried
@@ -75,11 +77,13 @@ class Chain(nn.ModuleList):
             arguments = arguments | dict(zip(self._plan.carried, carried, strict=True))
         return carried
 
-    def _cut(self, arguments: dict[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+    def _cut(
+        self, arguments: dict[str, Any], places: Mapping[str, int], lengths: Mapping[str, int]
+    ) -> dict[str, Any]:
         """This rank's part of the arguments."""
         assert self._split is not None
         own = dict(arguments)
-        for name, dim in self._plan.sequence.items():
+        for name, dim in places.items():
             own[name] = self._split.cut(arguments.get(name), dim)
         for name, dim in self._plan.joined.items():
             joined = [lengths[sequence] for sequence in self._joins[0]]
@@ -102,3 +106,14 @@ class Chain(nn.ModuleList):
                 f"the attention of {self._plan.blocks} is not torch's own and cannot be split over the "
                 "sequence; leave DIFFUSERS_ATTN_BACKEND unset, or set it to native"
             )
+
+
+def _places(plan: ChainPlan, arguments: Mapping[str, Any]) -> dict[str, int]:
+    """The dimension that the sequence lies on, of each argument that holds it this time."""
+    places = {}
+    for name, place in plan.sequence.items():
+        if isinstance(place, int):
+            places[name] = place
+        elif arguments[name].ndim == place[1]:
+            places[name] = place[0]
+    return places

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from vaepp_sdk.dit.row import Row, even_parts
+from vaepp_sdk.spec.calls import COUNTS, each_prompt
 
 __all__ = ["Replicas"]
 
@@ -43,7 +44,7 @@ class Replicas:
         if self.row.size == 1:
             return dict(call)
         prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
-        each = call.get("num_images_per_prompt") or 1
+        each = each_prompt(call)
         # Whole prompts are encoded once each, as on one replica; of others every picture gets its own prompt.
         whole = own.start % each == 0 and len(own) % each == 0
         chosen = [number // each for number in (own[::each] if whole else own)]
@@ -52,8 +53,8 @@ class Replicas:
             # Second prompts, as for a second text encoder, and negative ones.
             if key.startswith(("prompt", "negative_prompt")) and isinstance(call[key], list):
                 dealt[key] = [call[key][index] for index in chosen]
-        if "num_images_per_prompt" in call and not whole:
-            dealt["num_images_per_prompt"] = 1
+        if not whole:
+            dealt |= {key: 1 for key in COUNTS if key in call}
         return dealt
 
     def gather(self, latents: torch.Tensor | None, images: int) -> torch.Tensor:

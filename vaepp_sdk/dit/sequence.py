@@ -18,7 +18,7 @@ from vaepp_sdk.dit.ring import ring_attention
 from vaepp_sdk.dit.row import Row, even_parts
 from vaepp_sdk.errors import UnsupportedError
 
-__all__ = ["Joined", "SequenceSplit", "SplitAttention"]
+__all__ = ["Joined", "LocalAttention", "SequenceSplit", "SplitAttention"]
 
 
 @attrs.frozen(eq=False)
@@ -127,6 +127,28 @@ def _interleaved(tensor: torch.Tensor, lengths: list[int], step: int, dim: int) 
     return torch.cat([piece for start in range(step) for piece in pieces[start::step]], dim)
 
 
+class LocalAttention:
+    """Stands for the forward of a module whose attention is not to the sequence: it stays as it is.
+
+    Args:
+        forward: the module's own.
+    """
+
+    depth = 0
+    """How many of them are running in this process."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output."""
+        LocalAttention.depth += 1
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            LocalAttention.depth -= 1
+
+
 class SplitAttention(TorchFunctionMode):
     """Inside its block, scaled-dot-product attention sees the sequence of all ranks.
 
@@ -153,7 +175,7 @@ class SplitAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Take over the one function."""
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention or LocalAttention.depth:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         return self._attend(*args, **(kwargs or {}))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from vaepp_sdk.dit.chain import Chain
-from vaepp_sdk.dit.guidance import BatchSplit
+from vaepp_sdk.dit.guidance import BatchSplit, CallSplit
 from vaepp_sdk.dit.line import Stage
 from vaepp_sdk.dit.row import Row
 from vaepp_sdk.dit.sequence import SequenceSplit
 from vaepp_sdk.entries import DiTPlan
 from vaepp_sdk.parallel.group import DiTGroup
 
-__all__ = ["spread", "stages_of"]
+__all__ = ["spread", "stages_of", "transformers_of"]
 
 
 def stages_of(plan: DiTPlan, group: DiTGroup) -> tuple[Stage, ...]:
@@ -21,6 +21,12 @@ def stages_of(plan: DiTPlan, group: DiTGroup) -> tuple[Stage, ...]:
     if plan.pipeline is None or row.size == 1:
         return ()
     return tuple(Stage(chain, row) for chain in plan.pipeline.chains)
+
+
+def transformers_of(pipe: Any, plan: DiTPlan) -> tuple[Any, ...]:
+    """The components that a plan spreads, as far as the pipeline has them."""
+    found = (getattr(pipe, name, None) for name in plan.components)
+    return tuple(model for model in found if model is not None)
 
 
 def spread(model: Any, plan: DiTPlan, group: DiTGroup) -> None:
@@ -39,3 +45,5 @@ def spread(model: Any, plan: DiTPlan, group: DiTGroup) -> None:
     row = Row.over(group.axis("cfg"))
     if plan.batch is not None and row.size > 1:
         model.forward = BatchSplit(model.forward, plan.batch, row)
+    elif plan.calls is not None and row.size > 1:
+        model.forward = CallSplit(model.forward, plan.calls, row)

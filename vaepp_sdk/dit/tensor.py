@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
@@ -21,7 +21,9 @@ from vaepp_sdk.dit.row import Row
 from vaepp_sdk.entries import TensorPlan
 from vaepp_sdk.errors import UnsupportedError
 
-__all__ = ["RowwiseLinear", "Shard", "shard_modules"]
+__all__ = ["RowwiseLinear", "Shard", "SharedNorm", "shard_modules"]
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 @attrs.frozen
@@ -68,6 +70,27 @@ class RowwiseLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
+class SharedNorm(nn.RMSNorm):
+    """An RMS norm over features that lie on all ranks, of which this one has a part."""
+
+    def __init__(self, whole: nn.RMSNorm, group: Row, name: str) -> None:
+        self._whole = whole.normalized_shape[0]
+        affine = whole.elementwise_affine
+        super().__init__(self._whole // group.size, whole.eps, affine, device="meta")
+        self._group = group
+        self._name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the normalised features."""
+        # In float32, as torch's own norm works inside.
+        values = x.float()
+        squares = values.square().sum(-1, keepdim=True)
+        self._group.sum(squares, self._name)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        normed = values * torch.rsqrt(squares / self._whole + eps)
+        return (normed if self.weight is None else normed * self.weight).to(x.dtype)
+
+
 def shard_modules(model: nn.Module, plan: TensorPlan, group: Row) -> Mapping[str, Shard]:
     """Replace a model's planned layers by this rank's slices of them, without weights.
 
@@ -89,6 +112,8 @@ def shard_modules(model: nn.Module, plan: TensorPlan, group: Row) -> Mapping[str
             shards |= _cut_columns(model, f"{prefix}.{name}", group, _parts(model, plan, name))
         for name in _present(plan.rowwise, missing):
             shards |= _cut_rows(model, f"{prefix}.{name}", group, _parts(model, plan, name))
+        for name in _present(plan.norms, missing):
+            shards |= _cut_norm(model, f"{prefix}.{name}", group)
         for name in _present(plan.head_attributes, missing):
             _divide_attribute(block, prefix, name, group.size)
     for further in plan.further:
@@ -147,14 +172,25 @@ def _shard(dim: Literal[0, 1], width: int, parts: tuple[int, ...], what: str, gr
     return Shard.of(dim, parts or (width,), group)
 
 
+def _cut_norm(model: nn.Module, name: str, group: Row) -> dict[str, Shard]:
+    whole = _planned(model, name, nn.RMSNorm, "a torch RMS norm")
+    shard = _shard(0, whole.normalized_shape[0], (), f"the width of {name}", group)
+    model.set_submodule(name, SharedNorm(whole, group, name))
+    return {} if whole.weight is None else {f"{name}.weight": shard}
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
+    return _planned(model, name, nn.Linear, "a linear layer")
+
+
+def _planned(model: nn.Module, name: str, kind: type[LayerT], wanted: str) -> LayerT:
     try:
         found = model.get_submodule(name)
     except AttributeError:
         found = None
-    if not isinstance(found, nn.Linear):
+    if not isinstance(found, kind):
         is_what = "missing" if found is None else f"a {type(found).__name__}"
-        raise UnsupportedError(f"{type(model).__name__}: {name} is {is_what}; its plan wants a linear layer")
+        raise UnsupportedError(f"{type(model).__name__}: {name} is {is_what}; its plan wants {wanted}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,17 @@ class PipelineWork:
         result = self._executor.run(Request.from_dict(request))
         stages = [attrs.asdict(end) for end in (*self._loading, *result.stages)]
         self._loading = []
+        # Pictures travel one by one; all clips of a request are of one length, and 0 says there are none.
+        length = max(map(len, result.frames), default=0)
         value = {
             "files": list(result.files),
             "seed": result.seed,
             "stages": stages,
             "notices": list(result.notices),
+            "frames": length,
         }
-        return Answer(value=value, pictures=result.images if self._hands_over else ())
+        pictures = [*result.images, *chain.from_iterable(result.frames)]
+        return Answer(value=value, pictures=pictures if self._hands_over else ())
 
     def close(self) -> None:
         """See `RankWork.close`."""

@@ -14,11 +14,13 @@ from vaepp_sdk.text import key_path, shown
 
 __all__ = [
     "COMMON",
+    "COUNTS",
     "MAX_CALLS",
     "MAX_IMAGES",
     "CommonKey",
     "call_faults",
     "copied",
+    "each_prompt",
     "name_faults",
     "split_calls",
 ]
@@ -28,6 +30,9 @@ MAX_IMAGES = 1024
 
 MAX_CALLS = 10_000
 """The most requests of one spec, and of one file of prompts."""
+
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+"""The keys that say how many pictures or clips each prompt makes; a pipeline has one of them."""
 
 _MAX_DEPTH = 4
 
@@ -55,6 +60,7 @@ COMMON: Mapping[str, CommonKey] = {
     "width": _integer("The picture's width in pixels.", 1, 65536),
     "num_inference_steps": _integer("Denoising steps.", 1, 10_000),
     "num_images_per_prompt": _integer("Pictures of each prompt.", 1, MAX_IMAGES),
+    "num_videos_per_prompt": _integer("Clips of each prompt.", 1, MAX_IMAGES),
     "guidance_scale": CommonKey(
         ValueType(frozenset({"number"}), optional=True), About(help="How strongly the prompt guides.")
     ),
@@ -62,6 +68,11 @@ COMMON: Mapping[str, CommonKey] = {
         "Picture i starts from noise of seed + i; left out, a seed is drawn and printed.", 0, MAX_INTEGER
     ),
 }
+
+
+def each_prompt(call: Mapping[str, Any]) -> int:
+    """How many pictures or clips each prompt of a call makes."""
+    return next((int(call[key]) for key in COUNTS if call.get(key)), 1)
 
 
 def call_faults(call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:

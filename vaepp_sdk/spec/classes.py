@@ -200,6 +200,10 @@ class OutputSpec:
             "not refused."
         ),
     )
+    fps: int | None = attrs.field(
+        default=None,
+        metadata=about("Frames a second of saved clips; left out, the family's own.", minimum=1, maximum=240),
+    )
 
 
 @attrs.frozen

@@ -1,0 +1,88 @@
+"""The Qwen-Image pipeline, stage by stage: every stage is the pipeline's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from vaepp_plugins.statistics import with_statistics
+from vaepp_sdk.stages import step_callback
+
+__all__ = ["QwenImageStages"]
+
+_GUIDANCE_SCALE = 4.0
+_MAX_SEQUENCE_LENGTH = 512
+"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+
+
+class QwenImageStages:
+    """See `vaepp_sdk.stages.PipelineStages`."""
+
+    @torch.no_grad()
+    def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode the prompts, once for each picture; guidance needs a scale above 1 and a negative prompt."""
+        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
+        embeds, mask = _encoded(pipe, prompts, call)
+        encoded = {
+            "prompt": None,
+            "prompt_embeds": embeds,
+            "prompt_embeds_mask": mask,
+            "num_images_per_prompt": 1,
+        }
+        negative = call.get("negative_prompt")
+        if negative is None or call.get("true_cfg_scale", _GUIDANCE_SCALE) <= 1:
+            return encoded
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+        embeds, mask = _encoded(pipe, negatives, call)
+        return encoded | {
+            "negative_prompt": None,
+            "negative_prompt_embeds": embeds,
+            "negative_prompt_embeds_mask": mask,
+        }
+
+    def denoise(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, int], None],
+    ) -> torch.Tensor:
+        """Run the pipeline up to its latents."""
+        latents: torch.Tensor = pipe(
+            **call,
+            generator=list(generators),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=step_callback(on_step),
+        )[0]
+        return latents
+
+    def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """What the pipeline gives to `vae.decode`."""
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = call.get("height") or default, call.get("width") or default
+        unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        return with_statistics(pipe.vae, unpacked)
+
+    def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
+        """What the pipeline makes of a decoded sample: the VAE's pictures are clips of one frame."""
+        found: list[Image] = pipe.image_processor.postprocess(sample[:, :, 0], output_type="pil")
+        return found
+
+
+def _encoded(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and their mask, for each picture."""
+    embeds, mask = pipe.encode_prompt(
+        prompt=list(prompts),
+        device=pipe._execution_device,
+        max_sequence_length=call.get("max_sequence_length", _MAX_SEQUENCE_LENGTH),
+    )
+    if mask is None:  # left out where it hides nothing; given all the same, the pipeline does not complain
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    # The pipeline repeats masks in another order than embeddings, so that prompts of unlike length would get
+    # each other's.
+    each = call.get("num_images_per_prompt") or 1
+    return embeds.repeat_interleave(each, 0), mask.repeat_interleave(each, 0)

@@ -1,0 +1,85 @@
+"""The Wan family, text to video: Wan 2.1, and Wan 2.2 with its two transformers or its time per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vaepp_sdk import (
+    CallsPlan,
+    ChainPlan,
+    DiTPlan,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    TensorPlan,
+    hookimpl,
+)
+
+VAEPP_API = 1
+
+
+def _heads(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"])
+
+
+def _feed_forward(config: Mapping[str, Any]) -> int:
+    return int(config["ffn_dim"])
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return int(config["num_layers"])
+
+
+def _paired(call: Mapping[str, Any]) -> bool:
+    """Guidance is on for a scale above 1; the pipeline's default is 5."""
+    scale = call.get("guidance_scale")
+    return scale is None or scale > 1
+
+
+_TENSOR = TensorPlan(
+    blocks=("blocks",),
+    colwise=(
+        *(f"attn{one}.to_{kind}" for one in (1, 2) for kind in "qkv"),
+        "ffn.net.0.proj",
+    ),
+    rowwise=("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"),
+    # Queries and keys are normalised over all heads at once.
+    norms=tuple(f"attn{one}.norm_{kind}" for one in (1, 2) for kind in "qk"),
+    head_attributes=("attn1.heads", "attn2.heads"),
+    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+)
+
+_BLOCKS = ChainPlan(
+    blocks="blocks",
+    carried=("hidden_states",),
+    batched=("hidden_states", "encoder_hidden_states", "temb"),
+    # Time is given for every token where the pipeline expands its timesteps, and for every clip elsewhere.
+    sequence={"hidden_states": 1, "rotary_emb": 1, "temb": (1, 4)},
+    local=("attn2",),
+)
+
+
+@hookimpl
+def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
+    """Register the Wan pipeline."""
+    register(
+        PipelineEntry(
+            name="WanPipeline",
+            module="diffusers.pipelines.wan.pipeline_wan",
+            vae="AutoencoderKLWan",
+            strategies=("tile", "shard"),
+            stages="vaepp_plugins.wan_stages:WanStages",
+            dit=DiTPlan(
+                component="transformer",
+                others=("transformer_2",),
+                tensor=_TENSOR,
+                calls=CallsPlan(latents="hidden_states", paired=_paired),
+                sequence=SequencePlan(chains=(_BLOCKS,), heads=_heads),
+                pipeline=PipelinePlan(chain=_BLOCKS, layers=_layers),
+                data=True,
+            ),
+            text_encoders=("text_encoder",),
+            fps=16,
+        )
+    )

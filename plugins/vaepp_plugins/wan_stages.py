@@ -1,0 +1,64 @@
+"""The Wan pipeline, stage by stage: every stage is the pipeline's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from vaepp_plugins.statistics import with_statistics
+from vaepp_sdk.stages import step_callback
+
+__all__ = ["WanStages"]
+
+_GUIDANCE_SCALE = 5.0
+_MAX_SEQUENCE_LENGTH = 512
+"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+
+
+class WanStages:
+    """See `vaepp_sdk.stages.PipelineStages`."""
+
+    @torch.no_grad()
+    def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode the prompts, once for each clip; guidance is on for a scale above 1."""
+        guided = call.get("guidance_scale", _GUIDANCE_SCALE) > 1
+        positive, negative = pipe.encode_prompt(
+            prompt=call["prompt"],
+            negative_prompt=call.get("negative_prompt"),
+            do_classifier_free_guidance=guided,
+            num_videos_per_prompt=call.get("num_videos_per_prompt") or 1,
+            max_sequence_length=call.get("max_sequence_length", _MAX_SEQUENCE_LENGTH),
+            device=pipe._execution_device,
+        )
+        encoded = {"prompt": None, "prompt_embeds": positive, "num_videos_per_prompt": 1}
+        return encoded | ({"negative_prompt": None, "negative_prompt_embeds": negative} if guided else {})
+
+    def denoise(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, int], None],
+    ) -> torch.Tensor:
+        """Run the pipeline up to its latents."""
+        latents: torch.Tensor = pipe(
+            **call,
+            generator=list(generators),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=step_callback(on_step),
+        )[0]
+        return latents
+
+    def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """What the pipeline gives to `vae.decode`."""
+        del call
+        return with_statistics(pipe.vae, latents)
+
+    def pictures(self, pipe: Any, sample: torch.Tensor) -> list[list[Image]]:
+        """The frames of each clip."""
+        found: list[list[Image]] = pipe.video_processor.postprocess_video(sample, output_type="pil")
+        return found
