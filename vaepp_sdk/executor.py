@@ -13,6 +13,7 @@ import attrs
 import torch
 from PIL.Image import Image
 
+from vaepp_sdk.agreement import latent_facts, plan_facts, stage_facts
 from vaepp_sdk.assembly import build_pipeline, moves_by_stage, quiet_libraries
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
@@ -27,6 +28,7 @@ from vaepp_sdk.keeping import Keeper
 from vaepp_sdk.latents import LatentStore, load_latents
 from vaepp_sdk.nonfinite import check_latents
 from vaepp_sdk.offload import Residence
+from vaepp_sdk.parallel.gate import Gate
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.request import Request
@@ -35,6 +37,8 @@ from vaepp_sdk.saver import Picture, Saver
 from vaepp_sdk.saving import PictureFolder
 from vaepp_sdk.spec import OutputSpec
 from vaepp_sdk.stages import Observer, PipelineStages, StageRunner, step_callback
+from vaepp_sdk.vae.plan import WorkPlan
+from vaepp_sdk.vae.wrapper import ParallelVAE
 
 __all__ = ["Executor", "RankResult"]
 
@@ -98,6 +102,7 @@ class Executor:
         )
         self._keeper = Keeper(store, resolved, group, timeout, observer) if store else None
         self._prompts = PromptShare.over(group)
+        self._gate = Gate(timeout)
         self._replicas = Replicas(Row.over(group.axis("data")), group.device)
         self._residence: Residence | None = None
         self._pipe: Any = None
@@ -119,6 +124,7 @@ class Executor:
 
         Raises:
             RankError: a stage failed on this rank, or made values that are not finite.
+            AgreementError: ranks are not about to do the same, or hold other latents; names them.
             PeerError: another rank is gone or did not answer in time.
             OutputError: a picture cannot be saved.
         """
@@ -129,6 +135,8 @@ class Executor:
         if request.save:
             sharded = self._decoder is not None and self._decoder.leaves_sharded
             notes = self._steps_down
+            if sharded:
+                self._agree("save", request)
             files = self._runner.run(
                 "save",
                 request.number,
@@ -179,6 +187,8 @@ class Executor:
             self._runner.progress("decode"),
             self._sharers,
         )
+        if isinstance(self._decoder.vae, ParallelVAE):
+            self._decoder.vae.descent.on_plan = self._agree_on_plan
 
     def _staged(self, request: Request) -> list[Picture]:
         """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
@@ -188,13 +198,19 @@ class Executor:
         self._decoder.idle.bring_back()
         own = self._replicas.own(request.images)
         call = self._replicas.call(request.call, own)
+        self._agree("encode_prompt", request)
         call |= runner.run(
             "encode_prompt", request.number, lambda: self._encoded(stages, call) if own else {}
         )
+        self._agree("denoise", request)
         latents = runner.run("denoise", request.number, lambda: self._denoise(stages, call, own, request))
+        replica = self._group.rank // (self._group.world_size // self._group.dims.data)
+        self._agree("decode", request, latents, replica)
 
         def decode() -> list[Picture]:
             everyone = self._replicas.gather(latents, request.images)
+            if self._group.dims.data > 1:
+                self._agree("decoding all replicas' latents", request, everyone)
             return self._decode(stages, everyone, call)
 
         return runner.run("decode", request.number, decode)
@@ -236,6 +252,7 @@ class Executor:
         def decode() -> list[Picture]:
             latents = load_latents(request.latents, self._group.device)
             self._check_latents(latents)
+            self._agree("decoding kept latents", request, latents)
             return self._decode(stages, latents, dict(request.call))
 
         return self._runner.run("decode", request.number, decode)
@@ -245,6 +262,17 @@ class Executor:
         """How the transformer is spread; an empty plan where there is none."""
         entry = self._resolved.entry
         return (entry.dit if entry is not None else None) or DiTPlan()
+
+    def _agree(
+        self, stage: str, request: Request, latents: torch.Tensor | None = None, replica: int | None = None
+    ) -> None:
+        """Go on only if all ranks are about to do the same; those of a replica with the same latents."""
+        if not self._gate.is_open:
+            self._gate.agree(stage, stage_facts(stage, request), latent_facts(latents, replica))
+
+    def _agree_on_plan(self, plan: WorkPlan) -> None:
+        if not self._gate.is_open:
+            self._gate.agree("decoding", plan_facts(plan))
 
     def _check_latents(self, latents: torch.Tensor) -> None:
         output = self._resolved.spec.output
@@ -265,6 +293,7 @@ class Executor:
 
     def _whole(self, request: Request) -> list[Picture]:
         """Run a pipeline without an entry as one stage, on rank 0; other ranks have nothing to do."""
+        self._agree("call", request)
         if self._group.rank != 0:
             return []
         images = self._runner.run("call", request.number, lambda: self._call(request))

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import AgreementError, PeerError, RankError, RunError, UserError
+from vaepp_sdk.errors import AgreementError, PeerError, RunError, UserError
 from vaepp_sdk.events import LatentsKept, StageStart
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
@@ -124,7 +124,7 @@ class JoinedRank:
         found = self._board.read(name, self._job.limits.exchange)
         records = _records(found)
         if records:
-            raise _error_of(records[0])
+            raise records[0].error()
         return [one["value"] for one in self._board.all_of(found, name)], answer
 
     def _failure(self, name: str, error: Exception) -> Exception:
@@ -137,10 +137,10 @@ class JoinedRank:
             found = self._board.read(name, _GRACE[mine.kind])
             first = _records(found)[0]
             if mine.kind == "peer" and first.kind != "peer":
-                return _error_of(first)
+                return first.error()
         if mine.kind == "peer":
             return self._lost(mine, found)
-        return error if isinstance(error, UserError) else _error_of(mine)
+        return error if isinstance(error, UserError) else mine.error()
 
     def _lost(self, mine: ErrorRecord, found: Mapping[int, Any]) -> PeerError:
         """Other ranks broke a wait and none says why: those that say nothing at all are gone."""
@@ -182,9 +182,3 @@ def _records(found: Mapping[int, Any]) -> list[ErrorRecord]:
     """The failures among what ranks have posted: those that no peer caused first, then the earliest."""
     records = [ErrorRecord(**one["record"]) for one in found.values() if "record" in one]
     return sorted(records, key=lambda record: (record.kind == "peer", record.time, record.rank))
-
-
-def _error_of(record: ErrorRecord) -> Exception:
-    if record.kind == "user":
-        return record.user_error()
-    return RankError(record.rank, record.stage, record.cause)

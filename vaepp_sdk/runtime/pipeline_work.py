@@ -47,6 +47,7 @@ class PipelineWork:
         from vaepp_sdk.executor import Executor
         from vaepp_sdk.parallel.group import DiTGroup
 
+        self._agree_on_the_job()
         group = DiTGroup.create(self._resolved.dims, self._device, self._seat.timeout)
         self._executor = Executor(
             self._resolved,
@@ -80,6 +81,15 @@ class PipelineWork:
         """See `RankWork.close`."""
         if self._has_group:
             leave()
+
+    def _agree_on_the_job(self) -> None:
+        """Before the first collective: ranks with another spec, version or plugin are named, not hung on."""
+        from vaepp_sdk.agreement import start_facts
+        from vaepp_sdk.parallel.gate import Gate
+
+        gate = Gate(self._seat.timeout)
+        if not gate.is_open:
+            gate.agree("loading", start_facts(self._resolved, default_registry()))
 
     def _store(self) -> LatentStore:
         """Beside the pictures, or out of sight where none are to be saved."""

@@ -12,7 +12,15 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.errors import OutputError, PeerError, RankError, UnsupportedError, UserError
+from vaepp_sdk.errors import (
+    AgreementError,
+    OutputError,
+    PeerError,
+    RankError,
+    UnsupportedError,
+    UserError,
+    VaeppError,
+)
 from vaepp_sdk.text import clean
 
 __all__ = ["ErrorRecord", "one_line", "read_record", "write_record"]
@@ -77,6 +85,14 @@ class ErrorRecord:
     def user_error(self) -> UserError:
         """The user's mistake as an exception to raise in the parent."""
         return _USER_ERRORS.get(self.name, UserError)(self.message)
+
+    def error(self) -> VaeppError:
+        """The failure as an exception to raise elsewhere."""
+        if self.kind == "user":
+            return self.user_error()
+        if self.name == "AgreementError":  # it names the ranks itself, and no one rank failed
+            return AgreementError(self.message)
+        return RankError(self.rank, self.stage, self.cause)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

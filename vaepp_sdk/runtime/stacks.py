@@ -16,6 +16,7 @@ __all__ = ["ask_for_stacks", "waits_for_peers"]
 _ANSWER_TIME = 0.5
 _THREAD = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
 _FRAME = re.compile(r'File "([^"]+)", line \d+ in (\S+)')
+_WAITS = ("vaepp_sdk/parallel/view.py", "vaepp_sdk/parallel/gate.py")
 _INNERMOST = 4
 """Frames looked at: an exchange's own code lies between its caller and the wait in C."""
 
@@ -43,7 +44,7 @@ def waits_for_peers(stacks: str) -> bool:
 
 
 def _is_exchange(file: str) -> bool:
-    return "torch/distributed/" in file or file.endswith("vaepp_sdk/parallel/view.py")
+    return "torch/distributed/" in file or file.endswith(_WAITS)
 
 
 def _read(path: Path) -> str:

@@ -71,7 +71,7 @@ def judge(ranks: Sequence[Evidence], trigger: Trigger, stacks: Mapping[int, str]
     if own:
         record = next(one.record for one in ranks if one.rank == own[0][1])
         assert record is not None
-        return _raised(record)
+        return record.error()
     died = sorted((one.rank != trigger.rank, one.rank) for one in ranks if _died(one))
     if died:
         one = next(one for one in ranks if one.rank == died[0][1])
@@ -90,12 +90,6 @@ def _died(one: Evidence) -> bool:
     return one.ending.code != 0 or not one.beat.done
 
 
-def _raised(record: ErrorRecord) -> VaeppError:
-    if record.kind == "user":
-        return record.user_error()
-    return RankError(record.rank, record.stage, record.cause)
-
-
 def _stuck(one: Evidence, trigger: Trigger, answers: bool) -> RankError:
     where = f" at step {one.beat.step} of {one.beat.total}" if one.beat.total else ""
     how = "it runs and does not come further" if answers else "its process does not run (stopped or stuck)"
@@ -104,4 +98,4 @@ def _stuck(one: Evidence, trigger: Trigger, answers: bool) -> RankError:
 
 def _first_seen(ranks: Sequence[Evidence], trigger: Trigger) -> VaeppError:
     one = next(one for one in ranks if one.rank == trigger.rank)
-    return _raised(one.record) if one.record else RankError(one.rank, one.beat.stage, trigger.what)
+    return one.record.error() if one.record else RankError(one.rank, one.beat.stage, trigger.what)

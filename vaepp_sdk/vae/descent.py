@@ -51,6 +51,10 @@ def nothing_to_free() -> None:
     """No memory that could be given back."""
 
 
+def unheard(plan: WorkPlan) -> None:
+    """A plan that nobody waits for."""
+
+
 @attrs.define(eq=False)
 class Descent:
     """The way down of one parallel VAE, alike on every rank of the DiT group.
@@ -65,6 +69,7 @@ class Descent:
         output: where results land.
         on_oom: whether to step down, or to fail on all ranks alike.
         free_more: frees what the VAE does not need, such as a transformer that waits; called on every rank.
+        on_plan: told of each plan before it runs, on every rank.
         sharers: ranks that share this host's memory.
         failed_before: the ranks on which what was asked for has failed already, outside of this; where there
             are any, it is not tried again.
@@ -77,6 +82,7 @@ class Descent:
     output: Output
     on_oom: OnOom = "step_down"
     free_more: Callable[[], None] = nothing_to_free
+    on_plan: Callable[[WorkPlan], None] = unheard
     sharers: int = 1
     failed_before: tuple[int, ...] = ()
     steps: tuple[StepDown, ...] = ()
@@ -166,6 +172,7 @@ class Descent:
         """This rank's share of some pictures, or what its allocator said."""
         strategy, plan = ladder.planned(step, part.shape[0])
         self.plan = plan
+        self.on_plan(plan)
         run: Callable[..., Landed] = strategy.decode if plan.work.direction == "decode" else strategy.encode
         ledger = Ledger(plan.moves, self.group.rank)
         self.group.watch = ledger
