@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("offload", "stages"),
     ("assembly", "idle", "plain", "saving"),
     ("decoding",),
-    ("keeping", "saver"),
+    ("agreement", "keeping", "saver"),
     ("executor",),
     ("runtime",),
     ("pipeline",),
