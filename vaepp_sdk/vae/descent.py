@@ -51,7 +51,7 @@ def nothing_to_free() -> None:
     """No memory that could be given back."""
 
 
-def unheard(plan: WorkPlan) -> None:
+def _unheard(plan: WorkPlan) -> None:
     """A plan that nobody waits for."""
 
 
@@ -82,7 +82,7 @@ class Descent:
     output: Output
     on_oom: OnOom = "step_down"
     free_more: Callable[[], None] = nothing_to_free
-    on_plan: Callable[[WorkPlan], None] = unheard
+    on_plan: Callable[[WorkPlan], None] = _unheard
     sharers: int = 1
     failed_before: tuple[int, ...] = ()
     steps: tuple[StepDown, ...] = ()
