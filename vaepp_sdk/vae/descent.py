@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import torch
 
-from vaepp_sdk.errors import RankError, VaeppWarning
+from vaepp_sdk.errors import PeerError, RankError, VaeppWarning
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.chooser import StrategyChooser
@@ -23,6 +23,8 @@ __all__ = ["Descent", "OnOom", "StepDown", "nothing_to_free"]
 
 OnOom = str
 """`step_down`, or `fail`."""
+
+_DONE, _OUT_OF_MEMORY, _FAILED = range(3)
 
 
 @attrs.frozen
@@ -159,17 +161,28 @@ class Descent:
         """Try one step: what landed, and the ranks whose memory was not enough, each with what it said."""
         landed: list[Landed] = []
         for part in value.split(step.images):
-            found, problem = self._part(ladder, step, part)
-            flags = self.group.share(int(found is None), "whether memory was enough")
-            failed = {rank: "" for rank, flag in enumerate(flags) if flag > 0}
+            found, error = self._part(ladder, step, part)
+            flags = self.group.share(_flag(error), "whether the other ranks have done their parts")
+            self._raise_failure(error, flags, ladder.work.direction)
+            failed = {rank: "" for rank, flag in enumerate(flags) if flag == _OUT_OF_MEMORY}
             if failed:
-                return [], failed | ({self.group.rank: problem} if problem else {})
+                return [], failed | ({self.group.rank: _words(error)} if error else {})
             assert found is not None
             landed.append(found)
         return landed, {}
 
-    def _part(self, ladder: Ladder, step: Step, part: torch.Tensor) -> tuple[Landed | None, str]:
-        """This rank's share of some pictures, or what its allocator said."""
+    def _raise_failure(self, error: Exception | None, flags: Sequence[int], direction: Direction) -> None:
+        """Raise an error that is no lack of memory: on its rank as it is, on all others as a peer's."""
+        if _flag(error) == _FAILED:
+            assert error is not None
+            raise error
+        broken = [rank for rank, flag in enumerate(flags) if flag == _FAILED]
+        if broken:
+            cause = "it raised an error, which is told there; nothing is left of its messages"
+            raise PeerError(self.group.rank, broken, direction, cause)
+
+    def _part(self, ladder: Ladder, step: Step, part: torch.Tensor) -> tuple[Landed | None, Exception | None]:
+        """This rank's share of some pictures, or its error once its messages are played out."""
         strategy, plan = ladder.planned(step, part.shape[0])
         self.plan = plan
         self.on_plan(plan)
@@ -177,17 +190,22 @@ class Descent:
         ledger = Ledger(plan.moves, self.group.rank)
         self.group.watch = ledger
         try:
-            return run(ladder.adapter, part, self.group, plan), ""
+            return run(ladder.adapter, part, self.group, plan), None
+        except PeerError:
+            raise
         except Exception as error:
-            if not is_out_of_memory(error) or not ledger.exact:
+            if not ledger.exact:
                 raise
-            problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            found = error
+            if is_out_of_memory(error):
+                # Its traceback holds the tensors that memory is needed for.
+                found = error.with_traceback(None)
+                found.__context__ = found.__cause__ = None
         finally:
             self.group.watch = None
-        # Only here, outside the `except` block, is the traceback gone with the tensors it held.
         release(part.device)
         ledger.play_out(self.group, part.device)
-        return None, problem
+        return None, found
 
     def _lower(self, ladder: Ladder, tried: Sequence[Step], failed: dict[int, str]) -> Step:
         ranks = tuple(failed)
@@ -215,6 +233,18 @@ class Descent:
             changed = f"; its promise: {promise}" if after.rung.strategy != before.rung.strategy else ""
             warnings.warn(f"{after.plan.work.direction}: {step}{changed}", VaeppWarning, stacklevel=2)
         return after
+
+
+def _flag(error: Exception | None) -> int:
+    """What other ranks are told of this one's part."""
+    if error is None:
+        return _DONE
+    return _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
+
+
+def _words(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
