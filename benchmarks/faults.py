@@ -47,6 +47,9 @@ device = "cpu"
 tensor_parallel_size = {ranks}
 vae_patch_parallel_size = {ranks}
 
+[vae]
+on_oom = "fail"
+
 [limits]
 {limits}
 
