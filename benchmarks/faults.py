@@ -245,7 +245,7 @@ def cases(quick: bool, ranks: list[int]) -> list[tuple[str, str, int, int, str]]
 
 
 _COLUMNS = ("fault", "stage", "rank", "ranks", "seconds", "code", "named", "lines", "left", "misses")
-_WIDTHS = dict(zip(_COLUMNS, (42, 14, 6, 7, 9, 6, 17, 7, 6, 0), strict=True))
+_WIDTHS = dict(zip(_COLUMNS, (44, 14, 6, 7, 9, 6, 17, 7, 6, 0), strict=True))
 
 
 def _print_line(values: Mapping[str, Any]) -> None:
