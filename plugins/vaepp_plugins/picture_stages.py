@@ -1,4 +1,4 @@
-"""What the stages of most picture pipelines have in common: calls into the pipeline's own code."""
+"""What the stages of most pipelines have in common: calls into the pipeline's own code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL.Image import Image
 
 from vaepp_sdk.stages import step_callback
 
-__all__ = ["PictureStages", "for_each_prompt"]
+__all__ = ["LatentStages", "PictureStages", "for_each_prompt"]
 
 
-class PictureStages:
-    """Two of `vaepp_sdk.stages.PipelineStages`; encoding prompts and scaling latents is each pipeline's."""
+class LatentStages:
+    """The stage of `vaepp_sdk.stages.PipelineStages` that is alike for pictures and clips."""
 
     def denoise(
         self,
@@ -32,6 +32,10 @@ class PictureStages:
             callback_on_step_end=step_callback(on_step),
         )[0]
         return latents
+
+
+class PictureStages(LatentStages):
+    """Two of `vaepp_sdk.stages.PipelineStages`; encoding prompts and scaling latents is each pipeline's."""
 
     def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
         """What the pipeline makes of a decoded sample."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
+from vaepp_plugins.picture_stages import PictureStages, for_each_prompt
 from vaepp_plugins.statistics import with_statistics
-from vaepp_sdk.stages import step_callback
 
 __all__ = ["QwenImageStages"]
 
@@ -18,7 +18,7 @@ _MAX_SEQUENCE_LENGTH = 512
 """The defaults of the pipeline's `__call__`, for what a call leaves out."""
 
 
-class QwenImageStages:
+class QwenImageStages(PictureStages):
     """See `vaepp_sdk.stages.PipelineStages`."""
 
     @torch.no_grad()
@@ -35,30 +35,13 @@ class QwenImageStages:
         negative = call.get("negative_prompt")
         if negative is None or call.get("true_cfg_scale", _GUIDANCE_SCALE) <= 1:
             return encoded
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+        negatives = for_each_prompt(negative, prompts)
         embeds, mask = _encoded(pipe, negatives, call)
         return encoded | {
             "negative_prompt": None,
             "negative_prompt_embeds": embeds,
             "negative_prompt_embeds_mask": mask,
         }
-
-    def denoise(
-        self,
-        pipe: Any,
-        call: Mapping[str, Any],
-        generators: Sequence[torch.Generator],
-        on_step: Callable[[int, int], None],
-    ) -> torch.Tensor:
-        """Run the pipeline up to its latents."""
-        latents: torch.Tensor = pipe(
-            **call,
-            generator=list(generators),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=step_callback(on_step),
-        )[0]
-        return latents
 
     def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
         """What the pipeline gives to `vae.decode`."""
@@ -69,8 +52,7 @@ class QwenImageStages:
 
     def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
         """What the pipeline makes of a decoded sample: the VAE's pictures are clips of one frame."""
-        found: list[Image] = pipe.image_processor.postprocess(sample[:, :, 0], output_type="pil")
-        return found
+        return super().pictures(pipe, sample[:, :, 0])
 
 
 def _encoded(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

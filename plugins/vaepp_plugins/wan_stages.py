@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
+from vaepp_plugins.picture_stages import LatentStages
 from vaepp_plugins.statistics import with_statistics
-from vaepp_sdk.stages import step_callback
 
 __all__ = ["WanStages"]
 
@@ -18,7 +18,7 @@ _MAX_SEQUENCE_LENGTH = 512
 """The defaults of the pipeline's `__call__`, for what a call leaves out."""
 
 
-class WanStages:
+class WanStages(LatentStages):
     """See `vaepp_sdk.stages.PipelineStages`."""
 
     @torch.no_grad()
@@ -35,23 +35,6 @@ class WanStages:
         )
         encoded = {"prompt": None, "prompt_embeds": positive, "num_videos_per_prompt": 1}
         return encoded | ({"negative_prompt": None, "negative_prompt_embeds": negative} if guided else {})
-
-    def denoise(
-        self,
-        pipe: Any,
-        call: Mapping[str, Any],
-        generators: Sequence[torch.Generator],
-        on_step: Callable[[int, int], None],
-    ) -> torch.Tensor:
-        """Run the pipeline up to its latents."""
-        latents: torch.Tensor = pipe(
-            **call,
-            generator=list(generators),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=step_callback(on_step),
-        )[0]
-        return latents
 
     def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
         """What the pipeline gives to `vae.decode`."""

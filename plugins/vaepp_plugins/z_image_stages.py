@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
-from vaepp_sdk.stages import step_callback
+from vaepp_plugins.picture_stages import PictureStages, for_each_prompt
 
 __all__ = ["ZImageStages"]
 
@@ -17,7 +16,7 @@ _MAX_SEQUENCE_LENGTH = 512
 """The defaults of the pipeline's `__call__`, for what a call leaves out."""
 
 
-class ZImageStages:
+class ZImageStages(PictureStages):
     """See `vaepp_sdk.stages.PipelineStages`."""
 
     @torch.no_grad()
@@ -27,7 +26,7 @@ class ZImageStages:
         prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
         negative = call.get("negative_prompt")
         if negative is not None:
-            negative = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+            negative = for_each_prompt(negative, prompts)
         positive_embeds, negative_embeds = pipe.encode_prompt(
             prompt=prompts,
             negative_prompt=negative,
@@ -42,31 +41,9 @@ class ZImageStages:
             "negative_prompt_embeds": negative_embeds,
         }
 
-    def denoise(
-        self,
-        pipe: Any,
-        call: Mapping[str, Any],
-        generators: Sequence[torch.Generator],
-        on_step: Callable[[int, int], None],
-    ) -> torch.Tensor:
-        """Run the pipeline up to its latents."""
-        latents: torch.Tensor = pipe(
-            **call,
-            generator=list(generators),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=step_callback(on_step),
-        )[0]
-        return latents
-
     def vae_input(self, pipe: Any, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
         """What the pipeline gives to `vae.decode`."""
         del call
         config = pipe.vae.config
         typed = latents.to(pipe.vae.dtype)
         return (typed / float(config.scaling_factor)) + float(config.shift_factor)
-
-    def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
-        """What the pipeline makes of a decoded sample."""
-        found: list[Image] = pipe.image_processor.postprocess(sample, output_type="pil")
-        return found
