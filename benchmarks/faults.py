@@ -28,14 +28,14 @@ import attrs
 from vaepp_plugins.tiny_z_image import build
 
 from benchmarks.fault_plugin import CRASHES, HANGS
-from benchmarks.report import environment
+from benchmarks.plugging import announce
+from benchmarks.report import environment, write
 
 STAGES = ("load", "encode_prompt", "denoise", "decode", "save")
 SIGNALS = ("KILL", "TERM", "INT", "HUP")
 LIMITS = {"load": 60.0, "request": 10.0, "exchange": 10.0}
 CRASH_SECONDS, SLACK_SECONDS, MOST_LINES = 2.0, 3.0, 25
 RESULTS = Path(__file__).resolve().parent / "results"
-ROOT = Path(__file__).resolve().parents[1]
 
 SPEC = """
 [model]
@@ -91,19 +91,22 @@ class Row:
     misses: tuple[str, ...]
 
 
-@attrs.frozen
+@attrs.define
 class Bench:
-    """Where runs happen: a folder with the model, the plugin's metadata, and one good output."""
+    """Where runs happen: a folder with the model, the plugin's metadata, and one good output.
+
+    Attributes:
+        folder: the folder.
+        path: the `PYTHONPATH` of the runs.
+    """
 
     folder: Path
+    path: str = attrs.field(default="", init=False)
 
     def prepare(self) -> None:
         """Build the checkpoint, announce the plugin, and make a picture that no fault may touch."""
         build(self.folder / "model")
-        package = self.folder / "fault_injection-1.0.dist-info"
-        package.mkdir()
-        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fault-injection\nVersion: 1.0\n")
-        (package / "entry_points.txt").write_text("[vaepp_sdk]\nfault_injection = benchmarks.fault_plugin\n")
+        self.path = announce("fault_injection", "benchmarks.fault_plugin", self.folder)
         done = subprocess.run(self.command(2), env=self.environment({}), capture_output=True, check=False)
         if done.returncode:
             raise SystemExit(f"a run without any fault failed:\n{done.stderr.decode()}")
@@ -120,11 +123,10 @@ class Bench:
 
     def environment(self, fault: Mapping[str, Any], **extra: str) -> dict[str, str]:
         """The environment of a run."""
-        path = os.pathsep.join([str(self.folder), str(ROOT), *sys.path])
         return {
             **os.environ,
             "TQDM_DISABLE": "1",
-            "PYTHONPATH": path,
+            "PYTHONPATH": self.path,
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self.folder),
             "VAEPP_FAULT": json.dumps(fault),
@@ -277,9 +279,7 @@ def main() -> None:
     missed = sum(bool(row.misses) for row in rows)
     print(f"{len(rows)} faults, {missed} of them missed a goal")
     content = {"environment": environment(), "limits": LIMITS, "rows": [attrs.asdict(row) for row in rows]}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    write(arguments.out, content)
     raise SystemExit(1 if missed else 0)
 
 

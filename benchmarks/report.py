@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cases import Case
 
-__all__ = ["environment", "print_table", "rows", "save"]
+__all__ = ["environment", "print_table", "rows", "save", "write"]
 
 MIB = 2**20
 
@@ -124,6 +124,11 @@ def save(path: Path, found: Sequence[Mapping[str, Any]], cases: Sequence[Case]) 
         "cases": [attrs.asdict(case) for case in cases],
         "rows": list(found),
     }
+    write(path, content)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write results as JSON, and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")

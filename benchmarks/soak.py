@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,8 @@ from typing import Any
 import attrs
 from vaepp_plugins.tiny_z_image import build
 
-from benchmarks.report import environment
+from benchmarks.plugging import announce
+from benchmarks.report import environment, write
 from vaepp_sdk import Pipeline
 
 SIZES = ((128, 96), (64, 64), (96, 160), (192, 192), (128, 128))
@@ -30,7 +30,6 @@ SIZES = ((128, 96), (64, 64), (96, 160), (192, 192), (128, 128))
 
 GROWTH = 1.05
 RESULTS = Path(__file__).resolve().parent / "results"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @attrs.frozen(kw_only=True)
@@ -82,17 +81,6 @@ def shared_files() -> int:
     return len(list(Path("/dev/shm").iterdir())) if Path("/dev/shm").is_dir() else 0
 
 
-def announce(folder: Path) -> None:
-    """Let the ranks find the counting plugin."""
-    package = folder / "soak-1.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: soak\nVersion: 1.0\n")
-    (package / "entry_points.txt").write_text("[vaepp_sdk]\nsoak = benchmarks.soak_plugin\n")
-    os.environ["VAEPP_SOAK"] = str(folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), *sys.path])
-    sys.path[:0] = [str(folder), str(ROOT)]
-
-
 def soak(folder: Path, requests: int, ranks: int) -> list[dict[str, Any]]:
     """Serve the requests; what every process held after each.
 
@@ -101,7 +89,9 @@ def soak(folder: Path, requests: int, ranks: int) -> list[dict[str, Any]]:
         requests: how many; the sizes take turns, one picture and two pictures too.
         ranks: of tensor parallelism, which all share the VAE's work.
     """
-    announce(folder)
+    path = announce("soak", "benchmarks.soak_plugin", folder)
+    os.environ |= {"VAEPP_SOAK": str(folder), "PYTHONPATH": path}
+    sys.path[:] = path.split(os.pathsep)
     build(folder / "model")
     spec = {
         "model": {"id": str(folder / "model"), "dtype": "float32", "device": "cpu"},
@@ -177,9 +167,7 @@ def main() -> None:
     problems = growths(found)
     print("\n".join(["grew:", *problems]) if problems else f"{len(found)} requests, and nothing grew")
     content = {"environment": environment(), "problems": problems, "requests": found}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    write(arguments.out, content)
     raise SystemExit(1 if problems else 0)
 
 
