@@ -153,11 +153,12 @@ def landed(rank: int, case: Case, result: Any, shape: torch.Size) -> bool:
 def close(result: Any, expected: Expected) -> bool:
     """Whether what a rank holds is equal to the untiled result up to rounding."""
     if isinstance(result, ShardedSample):
-        return all(_close(piece.tensor, expected, piece.box.slices) for piece in result.pieces)
-    return result.shape[0] == 0 or _close(result, expected, (slice(None), slice(None)))
+        return all(close_at(piece.tensor, expected, piece.box.slices) for piece in result.pieces)
+    return result.shape[0] == 0 or close_at(result, expected, (slice(None), slice(None)))
 
 
-def _close(found: torch.Tensor, expected: Expected, where: tuple[slice, slice]) -> bool:
+def close_at(found: torch.Tensor, expected: Expected, where: tuple[slice, slice]) -> bool:
+    """Whether a piece of the result, the rows and columns `where`, is equal to the untiled one up to rounding."""
     untiled = expected.untiled[(..., *where)]
     if expected.exact is None:
         limit = RELATIVE[untiled.dtype] * max(1.0, float(expected.untiled.abs().max()))
