@@ -158,7 +158,7 @@ def close(result: Any, expected: Expected) -> bool:
 
 
 def close_at(found: torch.Tensor, expected: Expected, where: tuple[slice, slice]) -> bool:
-    """Whether a piece of the result, the rows and columns `where`, is equal to the untiled one up to rounding."""
+    """Whether the rows and columns `where` of a result are equal to the untiled ones up to rounding."""
     untiled = expected.untiled[(..., *where)]
     if expected.exact is None:
         limit = RELATIVE[untiled.dtype] * max(1.0, float(expected.untiled.abs().max()))
