@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vaepp_sdk import ChainPlan, DiTPlan, PipelineEntry, PipelinePlan, SequencePlan, TensorPlan, hookimpl
+from vaepp_sdk import (
+    CallsPlan,
+    ChainPlan,
+    DiTPlan,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    TensorPlan,
+    hookimpl,
+)
 
 VAEPP_API = 1
 
@@ -32,6 +41,11 @@ def _layers(config: Mapping[str, Any]) -> int:
 def _attention_and_feed_forward(config: Mapping[str, Any]) -> tuple[int, ...]:
     """What the last layer of a single-stream block gets: the outputs of both, side by side."""
     return _width(config), _feed_forward(config)
+
+
+def _paired(call: Mapping[str, Any]) -> bool:
+    """True guidance is on for a scale above 1, the default, and a negative prompt."""
+    return call.get("negative_prompt") is not None and call.get("true_cfg_scale", 1.0) > 1
 
 
 _QKV = tuple(f"attn.to_{kind}" for kind in "qkv")
@@ -88,6 +102,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             dit=DiTPlan(
                 component="transformer",
                 tensor=_TENSOR,
+                calls=CallsPlan(latents="hidden_states", paired=_paired),
                 sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=_heads),
                 pipeline=PipelinePlan(chain=_DOUBLE, layers=_layers, further=(_SINGLE,)),
                 data=True,

@@ -26,8 +26,6 @@ CFG, TENSOR, PIPELINE, DATA, ULYSSES, RING = (
     "ulysses_degree",
     "ring_degree",
 )
-EXACT = {PIPELINE, ULYSSES}
-"""What leaves every sum as it is."""
 Layout = Mapping[str, int]
 
 
@@ -36,6 +34,9 @@ class Family:
     """What is asked of one family: its checkpoint, `[call]` table, requests and layouts.
 
     The first two requests differ in guidance only, and have prompts of unlike length.
+
+    Attributes:
+        exact: the dimensions that leave every sum as it is.
     """
 
     build: Callable[[Path], None]
@@ -43,6 +44,7 @@ class Family:
     calls: tuple[Call, ...]
     two: tuple[tuple[str, ...], ...]
     four: tuple[tuple[str, ...], ...]
+    exact: frozenset[str]
 
 
 _BASE = dict(CALL) | {"max_sequence_length": 48}
@@ -60,8 +62,9 @@ FAMILIES: Mapping[str, Family] = {
             },
             {"prompt": [SHORT, LONG], "prompt_2": [LONG, SHORT], "num_images_per_prompt": 2, "width": 80},
         ),
-        two=((TENSOR,), (PIPELINE,), (DATA,), (ULYSSES,), (RING,)),
-        four=((PIPELINE, TENSOR), (PIPELINE, ULYSSES), (ULYSSES, RING), (DATA, RING)),
+        two=((TENSOR,), (PIPELINE,), (DATA,), (ULYSSES,), (RING,), (CFG,)),
+        four=((PIPELINE, TENSOR), (CFG, ULYSSES), (ULYSSES, RING), (DATA, RING)),
+        exact=frozenset({CFG, PIPELINE, ULYSSES}),
     ),
     "sd3": Family(
         build=tiny_sd3.build,
@@ -73,6 +76,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         two=((TENSOR,), (PIPELINE,), (DATA,), (ULYSSES,), (RING,), (CFG,)),
         four=((CFG, PIPELINE), (TENSOR, ULYSSES), (PIPELINE, RING), (ULYSSES, RING)),
+        exact=frozenset({PIPELINE, ULYSSES}),
     ),
 }
 
@@ -118,7 +122,7 @@ def check_on(ranks: int, models: Mapping[str, Model], chosen: Mapping[str, Seque
     for index, (name, layouts) in enumerate(chosen.items()):
         for number, layout in enumerate(layouts):
             everyone = [rank[index][number] for rank in found]
-            check(everyone, models[name].wanted, exact=set(layout) <= EXACT)
+            check(everyone, models[name].wanted, exact=set(layout) <= models[name].family.exact)
 
 
 def test_one_dimension_on_two_ranks(models: dict[str, Model]) -> None:
@@ -153,6 +157,19 @@ def test_sizes_that_cannot_be_are_refused(
         resolved_for(models[name].path, parallel=dict(sizes), call=dict(models[name].family.base))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_size_that_brings_nothing_is_told(models: dict[str, Model]) -> None:
+    """FLUX.1 is truly guided where there is a negative prompt and the scale is above 1."""
+    model = models["flux"]
+    plain, guided, _ = model.family.calls
+    half = {key: value for key, value in guided.items() if key != "true_cfg_scale"}
+    told = "parallel.cfg_parallel_size takes no effect for [call]: without guidance a step calls"
+    for call, expected in ((plain, True), (half, True), (guided, False)):
+        notices = resolved_for(
+            model.path, parallel={CFG: 2}, call=dict(model.family.base) | dict(call)
+        ).notices
+        assert any(notice.startswith(told) for notice in notices) is expected
 
 
 def test_arguments_that_do_not_work_on_a_layout_are_refused(models: dict[str, Model]) -> None:
