@@ -127,8 +127,12 @@ def save(path: Path, found: Sequence[Mapping[str, Any]], cases: Sequence[Case]) 
     write(path, content)
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write results as JSON, and say where."""
+def write(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write results as JSON, and say where; rows are added to them, one a line."""
+    text = json.dumps(content, indent=2)
+    if rows:
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        text = f'{text[:-2]},\n  "rows": [\n{lines}\n  ]\n}}'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     print(f"written to {path}")

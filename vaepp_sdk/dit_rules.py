@@ -13,9 +13,9 @@ from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.spec.classes import MAX_RANKS
 
-__all__ = ["dit_faults", "dit_notices", "excluded_faults"]
+__all__ = ["KEYS", "dit_faults", "dit_notices", "excluded_faults"]
 
-_KEYS: Mapping[str, str] = {
+KEYS: Mapping[str, str] = {
     "data": "data_parallel_size",
     "cfg": "cfg_parallel_size",
     "pipeline": "pipeline_parallel_size",
@@ -51,7 +51,7 @@ def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: Pipeline
     for name, excluded in plan.excludes.items():
         axes = [axis for axis in dims.active if axis in excluded]
         if axes and call.get(name) is not None:
-            keys = " and ".join(f"{_KEYS[axis]}={dims.sizes[axis]}" for axis in axes)
+            keys = " and ".join(f"{KEYS[axis]}={dims.sizes[axis]}" for axis in axes)
             rest = ", ".join(axis for axis in plan.axes if axis not in excluded)
             fix = f"leave it out, or use other dimensions: {rest}"
             faults.append(Fault(f"$.call.{name}", f"it does not work with {keys}", fix))
@@ -70,17 +70,17 @@ def dit_notices(dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntr
     if calls is None or dims.cfg == 1 or calls.paired(call):
         return []
     why = "without guidance a step calls the transformer once, and every rank of a row runs that call"
-    return [f"parallel.{_KEYS['cfg']} takes no effect for [call]: {why}."]
+    return [f"parallel.{KEYS['cfg']} takes no effect for [call]: {why}."]
 
 
 def _lacking(axis: str, size: int, plan: DiTPlan, pipeline: str, registry: Registry) -> Fault:
     """A dimension that the pipeline's plan does not have."""
-    others = [_KEYS[other] for other in plan.axes]
+    others = [KEYS[other] for other in plan.axes]
     able = sorted(name for name, other in registry.pipelines.items() if other.dit and axis in other.dit.axes)
     known = f"; {pipeline} can use {', '.join(others)}" if others else ""
     known += f"; {', '.join(able)} can be split by {axis}" if able else ""
     found = f"found {size}, and no plugin says how to split {pipeline} by {axis}"
-    return Fault(f"$.parallel.{_KEYS[axis]}", found, f"write 1{known}")
+    return Fault(f"$.parallel.{KEYS[axis]}", found, f"write 1{known}")
 
 
 def _cfg_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
@@ -88,7 +88,7 @@ def _cfg_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[
     if dims.cfg == 2:
         return []
     fix = "write 2, one rank for each branch, or 1"
-    return [Fault(f"$.parallel.{_KEYS['cfg']}", f"found {dims.cfg}, and guidance has two branches", fix)]
+    return [Fault(f"$.parallel.{KEYS['cfg']}", f"found {dims.cfg}, and guidance has two branches", fix)]
 
 
 def _pipeline_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
@@ -97,7 +97,7 @@ def _pipeline_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> 
     if dims.pipeline <= layers:
         return []
     found = f"found {dims.pipeline}, and the model has layers = {layers}"
-    return [Fault(f"$.parallel.{_KEYS['pipeline']}", found, f"at most {layers} work")]
+    return [Fault(f"$.parallel.{KEYS['pipeline']}", found, f"at most {layers} work")]
 
 
 def _ulysses_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
@@ -109,12 +109,12 @@ def _ulysses_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> l
         return []
     cut = f" / tensor_parallel_size = {dims.tensor}" if dims.tensor > 1 else ""
     found = f"found {dims.ulysses}, and there are attention heads = {heads}{cut} to share out"
-    return [Fault(f"$.parallel.{_KEYS['ulysses']}", found, f"at most {max(held, 1)} work")]
+    return [Fault(f"$.parallel.{KEYS['ulysses']}", found, f"at most {max(held, 1)} work")]
 
 
 def _tensor_faults(dims: ParallelDims, plan: DiTPlan, folder: ModelFolder) -> list[Fault]:
     assert plan.tensor is not None
-    size, path = dims.tensor, f"$.parallel.{_KEYS['tensor']}"
+    size, path = dims.tensor, f"$.parallel.{KEYS['tensor']}"
     widths: dict[str, int] = {}
     for name, rule in plan.tensor.widths.items():
         widths |= _widths(name, rule, plan, folder)
