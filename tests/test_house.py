@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel", "resuming"),
     ("dit", "latents", "vae"),
     ("offload", "stages"),
-    ("assembly", "idle", "plain", "saving"),
+    ("assembly", "idle", "pixels", "plain", "saving"),
     ("decoding",),
     ("agreement", "keeping", "saver"),
     ("executor",),

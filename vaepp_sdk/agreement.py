@@ -15,9 +15,8 @@ from vaepp_sdk.parallel.fingerprint import fingerprint
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
-from vaepp_sdk.vae.plan import WorkPlan
 
-__all__ = ["latent_facts", "plan_facts", "stage_facts", "start_facts"]
+__all__ = ["latent_facts", "stage_facts", "start_facts"]
 
 _SHORT = 40
 
@@ -57,11 +56,6 @@ def latent_facts(latents: torch.Tensor | None, replica: int | None = None) -> di
         return {}
     name = "the latents" if replica is None else f"the latents of replica {replica}"
     return {name: fingerprint(latents)}
-
-
-def plan_facts(plan: WorkPlan) -> dict[str, str]:
-    """What the ranks are about to decode, and who does what."""
-    return {"the work plan": f"{plan.strategy} {plan.digest}"}
 
 
 def _tables(tables: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import PeerError, UnsupportedError
 from vaepp_sdk.idle import IdleModules
-from vaepp_sdk.nonfinite import bad_region, complain
+from vaepp_sdk.nonfinite import BLACK, bad_region, complain
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.parallel.view import VaeGroup
+from vaepp_sdk.pixels import PixelFinish
 from vaepp_sdk.plain import PlainVAE
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.stages import PipelineStages, PixelStages
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.descent import StepDown
 from vaepp_sdk.vae.landing import Piece, ShardedSample
@@ -26,9 +29,6 @@ from vaepp_sdk.vae.wrapper import ParallelVAE
 from vaepp_sdk.vae_rules import serves_one_rank
 
 __all__ = ["Decoder", "set_switches"]
-
-_BLACK = -1.0
-"""The darkest value a VAE of diffusers gives."""
 
 
 def set_switches(vae: Any, use_tiling: bool | None, use_slicing: bool) -> None:
@@ -56,6 +56,7 @@ class Decoder:
         output: where pictures land.
         allow_nonfinite: whether values that are not finite are warned of, not refused.
         idle: what can leave the device while the VAE works.
+        pixels: what turns decoded pieces into pixels before they travel; None where nothing does.
     """
 
     vae: PlainVAE | ParallelVAE
@@ -63,11 +64,13 @@ class Decoder:
     output: Output
     allow_nonfinite: bool
     idle: IdleModules
+    pixels: PixelFinish | None = None
 
     @classmethod
     def build(
         cls,
         pipe: Any,
+        stages: PipelineStages,
         resolved: Resolved,
         registry: Registry,
         group: DiTGroup,
@@ -79,6 +82,7 @@ class Decoder:
 
         Args:
             pipe: the pipeline; the switches of its VAE are set.
+            stages: the pipeline's stages.
             resolved: what was decided.
             registry: strategies and VAE classes.
             group: the DiT group.
@@ -102,7 +106,10 @@ class Decoder:
 
         if resolved.vae_size > 1 or serves_one_rank(settings, resolved.entry, registry):
             view = VaeGroup.over(None, resolved.vae_size, timeout)
-            return cls(parallel(view, output), group.rank, output, allowed, idle)
+            pixels = None
+            if isinstance(stages, PixelStages) and output != "sharded":
+                pixels = view.finish = PixelFinish(partial(stages.to_pixels, pipe))
+            return cls(parallel(view, output), group.rank, output, allowed, idle, pixels)
         # Each rank decodes everything for itself, or the first one does and nobody waits for it.
         everyone = output == "all"
         view = VaeGroup.over(None, 1, timeout) if everyone else VaeGroup(None, 0, 1, 1, timeout)
@@ -131,16 +138,21 @@ class Decoder:
 
         Raises:
             RankError: values that are not finite; names the rank that computed them and the region.
+            PeerError: another rank made such values before it sent them on.
         """
+        if self.pixels is not None:
+            self.pixels.reset()
         if isinstance(self.vae, PlainVAE) and self.output != "all" and self.rank != 0:
             return ()  # one rank does all the VAE's work, so its pictures are nowhere else
         sample = self._sample(latents)
+        if self.pixels is not None:
+            self._tell_bad(self.pixels)
         if isinstance(sample, ShardedSample):
             pieces = sample.pieces
         else:
             whole = Box(0, 0, sample.shape[-2], sample.shape[-1])
             pieces = (Piece(whole, sample),) if sample.shape[0] else ()
-        return tuple(self._checked(piece) for piece in pieces)
+        return pieces if self.pixels else tuple(self._checked(piece) for piece in pieces)
 
     @property
     def steps_down(self) -> tuple[StepDown, ...]:
@@ -152,6 +164,19 @@ class Decoder:
             return self.vae.decode(latents)
         return self.vae.decode(latents, return_dict=False)[0]
 
+    def _tell_bad(self, pixels: PixelFinish) -> None:
+        """Where pixels landed, the ranks that made them have looked: tell of the one that made most."""
+        assert isinstance(self.vae, ParallelVAE)
+        counts = self.vae.descent.group.share(pixels.bad, "values that are not finite")
+        maker = max(range(len(counts)), key=counts.__getitem__)
+        if not counts[maker]:
+            return
+        problem = "the picture has values that are not finite (NaN or Inf)"
+        if maker == self.rank:
+            complain(maker, "decode", f"{problem} in {pixels.region}", allowed=self.allow_nonfinite)
+        elif not self.allow_nonfinite:
+            raise PeerError(self.rank, [maker], "decode", f"{problem} there")
+
     def _checked(self, piece: Piece) -> Piece:
         """A piece whose values are all finite: where others are allowed, they are painted black."""
         bad = ~torch.isfinite(piece.tensor)
@@ -161,7 +186,7 @@ class Decoder:
         where = bad_region(bad, piece.box.top, piece.box.left)
         problem = f"the picture has values that are not finite (NaN or Inf) in {where}{windows}"
         complain(maker, "decode", problem, allowed=self.allow_nonfinite)
-        return Piece(piece.box, piece.tensor.masked_fill(bad, _BLACK))
+        return Piece(piece.box, piece.tensor.masked_fill(bad, BLACK))
 
     def _maker(self, bad: torch.Tensor) -> tuple[int, str]:
         """The rank that computed most of the bad pixels: blending spreads them to its neighbours' windows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import attrs
 import torch
 from PIL.Image import Image
 
-from vaepp_sdk.agreement import latent_facts, plan_facts, stage_facts
+from vaepp_sdk.agreement import latent_facts, stage_facts
 from vaepp_sdk.assembly import build_pipeline, moves_by_stage, quiet_libraries
 from vaepp_sdk.decoding import Decoder, set_switches
 from vaepp_sdk.dit.data import Replicas
@@ -36,8 +36,8 @@ from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.saver import Picture, Saver
 from vaepp_sdk.saving import PictureFolder
 from vaepp_sdk.spec import OutputSpec
-from vaepp_sdk.stages import Observer, PipelineStages, StageRunner, step_callback
-from vaepp_sdk.vae.plan import WorkPlan
+from vaepp_sdk.stages import Observer, PipelineStages, PixelStages, StageRunner, step_callback
+from vaepp_sdk.vae.plan_gate import PlanGate
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
 __all__ = ["Executor", "RankResult"]
@@ -180,6 +180,7 @@ class Executor:
         self._stages = load_object(entry.stages, f"pipeline {entry.name!r}")()
         self._decoder = Decoder.build(
             self._pipe,
+            self._stages,
             resolved,
             self._registry,
             self._group,
@@ -188,7 +189,7 @@ class Executor:
             self._sharers,
         )
         if isinstance(self._decoder.vae, ParallelVAE):
-            self._decoder.vae.descent.on_plan = self._agree_on_plan
+            self._decoder.vae.descent.on_plan = PlanGate(self._gate)
 
     def _staged(self, request: Request) -> list[Picture]:
         """Encode, denoise and decode; a replica without pictures of its own takes part in decode only."""
@@ -270,10 +271,6 @@ class Executor:
         if not self._gate.is_open:
             self._gate.agree(stage, stage_facts(stage, request), latent_facts(latents, replica))
 
-    def _agree_on_plan(self, plan: WorkPlan) -> None:
-        if not self._gate.is_open:
-            self._gate.agree("decoding", plan_facts(plan))
-
     def _check_latents(self, latents: torch.Tensor) -> None:
         output = self._resolved.spec.output
         check_latents(latents, self._group.rank, allowed=output is not None and output.allow_nonfinite)
@@ -283,11 +280,15 @@ class Executor:
         assert self._decoder is not None
         self._enter("decode")
         sharded = self._decoder.leaves_sharded
+        draw: Callable[[Any, torch.Tensor], Sequence[Image | list[Image]]] = stages.pictures
+        if self._decoder.pixels is not None:
+            assert isinstance(stages, PixelStages)
+            draw = stages.from_pixels
         pieces = self._decoder.decode(stages.vae_input(self._pipe, latents, call))
         made: list[Picture] = []
         for piece in pieces:
             box = piece.box if sharded else None
-            images: Sequence[Image | list[Image]] = stages.pictures(self._pipe, piece.tensor)
+            images: Sequence[Image | list[Image]] = draw(self._pipe, piece.tensor)
             made += [Picture(image, index, box) for index, image in enumerate(images)]
         return made
 

@@ -8,7 +8,10 @@ import torch
 
 from vaepp_sdk.errors import RankError, VaeppWarning
 
-__all__ = ["bad_region", "check_latents", "complain"]
+__all__ = ["BLACK", "bad_region", "check_latents", "complain"]
+
+BLACK = -1.0
+"""The darkest value a VAE of diffusers gives."""
 
 
 def check_latents(latents: torch.Tensor, rank: int, *, allowed: bool) -> None:

@@ -16,7 +16,7 @@ from vaepp_sdk.errors import RankError, VaeppError
 from vaepp_sdk.events import Event, Progress, StageEnd, StageStart
 from vaepp_sdk.registry import Registry
 
-__all__ = ["Observer", "PipelineStages", "StageRunner", "step_callback"]
+__all__ = ["Observer", "PipelineStages", "PixelStages", "StageRunner", "step_callback"]
 
 Observer = Callable[[Event], None]
 """Told what happens on this rank, as it happens."""
@@ -70,6 +70,23 @@ class PipelineStages(Protocol):
         Returns:
             One picture each, or the frames of one clip each.
         """
+        ...
+
+
+@runtime_checkable
+class PixelStages(PipelineStages, Protocol):
+    """Stages whose pictures can travel as 8-bit values: `pictures` in two steps, with the same result."""
+
+    def to_pixels(self, pipe: Any, sample: torch.Tensor) -> torch.Tensor:
+        """The 8-bit values of the pictures, uint8, in the shape of the sample.
+
+        Called on a rectangle of the decoded sample on the rank that made it, so each value may depend on the
+        values at its own place alone.
+        """
+        ...
+
+    def from_pixels(self, pipe: Any, pixels: torch.Tensor) -> list[Image] | list[list[Image]]:
+        """The pictures, as `pictures` returns them."""
         ...
 
 

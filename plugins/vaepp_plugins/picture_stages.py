@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from vaepp_sdk.stages import step_callback
 
-__all__ = ["LatentStages", "PictureStages", "for_each_prompt"]
+__all__ = ["LatentStages", "PictureStages", "as_image", "eight_bit", "for_each_prompt"]
 
 
 class LatentStages:
@@ -35,12 +35,38 @@ class LatentStages:
 
 
 class PictureStages(LatentStages):
-    """Two of `vaepp_sdk.stages.PipelineStages`; encoding prompts and scaling latents is each pipeline's."""
+    """Most of `vaepp_sdk.stages.PixelStages`; encoding prompts and scaling latents is each pipeline's."""
 
     def pictures(self, pipe: Any, sample: torch.Tensor) -> list[Image]:
         """What the pipeline makes of a decoded sample."""
         found: list[Image] = pipe.image_processor.postprocess(sample, output_type="pil")
         return found
+
+    def to_pixels(self, pipe: Any, sample: torch.Tensor) -> torch.Tensor:
+        """The pictures' 8-bit values."""
+        return eight_bit(pipe.image_processor, sample)
+
+    def from_pixels(self, pipe: Any, pixels: torch.Tensor) -> list[Image]:
+        """The pictures."""
+        del pipe
+        return [as_image(picture) for picture in pixels.cpu()]
+
+
+def eight_bit(processor: Any, sample: torch.Tensor) -> torch.Tensor:
+    """The values that a processor of diffusers puts into its pictures: its own scaling, then its rounding.
+
+    Args:
+        processor: the pipeline's `VaeImageProcessor` or `VideoProcessor`.
+        sample: of any shape, floating point.
+    """
+    scaled: torch.Tensor = processor.postprocess(sample, output_type="pt")
+    return (scaled.float() * 255).round().to(torch.uint8)
+
+
+def as_image(picture: torch.Tensor) -> Image:
+    """A picture from its pixels, `(channels, rows, columns)`, uint8, in host memory."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    return fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def for_each_prompt(text: str | Sequence[str], prompts: Sequence[str]) -> list[str]:

@@ -54,6 +54,10 @@ class QwenImageStages(PictureStages):
         """What the pipeline makes of a decoded sample: the VAE's pictures are clips of one frame."""
         return super().pictures(pipe, sample[:, :, 0])
 
+    def from_pixels(self, pipe: Any, pixels: torch.Tensor) -> list[Image]:
+        """The pictures of clips of one frame."""
+        return super().from_pixels(pipe, pixels[:, :, 0])
+
 
 def _encoded(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings and their mask, for each picture."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from vaepp_plugins.picture_stages import LatentStages
+from vaepp_plugins.picture_stages import LatentStages, as_image, eight_bit
 from vaepp_plugins.statistics import with_statistics
 
 __all__ = ["WanStages"]
@@ -19,7 +19,7 @@ _MAX_SEQUENCE_LENGTH = 512
 
 
 class WanStages(LatentStages):
-    """See `vaepp_sdk.stages.PipelineStages`."""
+    """See `vaepp_sdk.stages.PixelStages`."""
 
     @torch.no_grad()
     def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,3 +45,12 @@ class WanStages(LatentStages):
         """The frames of each clip."""
         found: list[list[Image]] = pipe.video_processor.postprocess_video(sample, output_type="pil")
         return found
+
+    def to_pixels(self, pipe: Any, sample: torch.Tensor) -> torch.Tensor:
+        """The frames' 8-bit values."""
+        return eight_bit(pipe.video_processor, sample)
+
+    def from_pixels(self, pipe: Any, pixels: torch.Tensor) -> list[list[Image]]:
+        """The frames of each clip."""
+        del pipe
+        return [[as_image(frame) for frame in clip.transpose(0, 1)] for clip in pixels.cpu()]

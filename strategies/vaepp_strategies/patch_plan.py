@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -208,6 +207,6 @@ def _peak(plan: PatchPlan, facts: VaeFacts, rank: int) -> int:
     pixels = window.source.area * (facts.spatial_ratio**2 if work.direction == "decode" else 1)
     values = int(work.shape[0] * pixels * facts.peak_values_per_pixel)
     landed = work.output == "all" or (work.output == "rank0" and rank == 0)
-    whole = math.prod(plan.out_shape) * work.itemsize if landed else 0
+    whole = work.landed_bytes(plan.out_shape) if landed else 0
     # The whole output, and what has arrived and is not yet written into it.
     return max(values * work.itemsize, 2 * whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import attrs
@@ -241,5 +240,5 @@ def _peaks(
 
 def _landing(facts: VaeFacts, work: Work, rank: int) -> int:
     """The whole output, and what has arrived and is not yet written into it, where the output lands."""
-    whole = math.prod(facts.out_shape(work.direction, work.shape)) * work.itemsize
+    whole = work.landed_bytes(facts.out_shape(work.direction, work.shape))
     return 2 * whole if work.output == "all" or (work.output == "rank0" and rank == 0) else 0

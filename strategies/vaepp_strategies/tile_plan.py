@@ -197,8 +197,8 @@ def _peak(plan: TilePlan, facts: VaeFacts, rank: int) -> int:
     pixels = max((_pixels(plan, window) for window in owned), default=0)
     values = int(plan.work.shape[0] * pixels * facts.peak_values_per_pixel * _frames_at_once(plan, facts))
     landed = plan.work.output == "all" or (plan.work.output == "rank0" and rank == 0)
-    whole = _nbytes(plan, plan.out_shape) if landed else 0
-    pieces = sum(plan.piece_bytes(window) for window in owned)
+    whole = plan.work.landed_bytes(plan.out_shape) if landed else 0
+    pieces = sum(_nbytes(plan, plan.piece_shape(window)) for window in owned)
     return max(tiles + values * plan.work.itemsize, pieces + whole)
 
 

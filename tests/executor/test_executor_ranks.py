@@ -16,8 +16,10 @@ from PIL import Image
 from pipeline_jobs import loaded, resolved_for, run
 from torch.distributed import distributed_c10d
 
-from vaepp_sdk.errors import RankError, VaeppWarning
+from vaepp_sdk.errors import PeerError, RankError, VaeppWarning
 from vaepp_sdk.events import Progress
+from vaepp_sdk.executor import Executor
+from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
@@ -83,7 +85,28 @@ def rank_job(rank: int, model: str, folder: str, tensor: int, todo: list[Job]) -
                 event for event in events if isinstance(event, Progress) and event.stage == "decode"
             ],
             "groups": len(distributed_c10d._world.pg_map),
+            "sent": sent_as_floats_too(rank, executor, resolved, job),
         }
+    return found
+
+
+def sent_as_floats_too(rank: int, executor: Executor, resolved: Resolved, job: Job) -> dict[str, Any]:
+    """The same request without the conversion before pictures travel; empty where they do not travel."""
+    decoder = executor._decoder
+    assert decoder is not None
+    if decoder.pixels is None or not isinstance(decoder.vae, ParallelVAE):
+        return {}
+    group, found = decoder.vae.descent.group, {}
+    for name in ("pixels", "floats"):
+        if name == "floats":
+            decoder.pixels = group.finish = None
+        group.traffic.reset()
+        images = [pixels(image) for image in run(executor, resolved, **job.call).images]
+        plan = decoder.vae.last_plan
+        assert plan is not None
+        parts = 2 if "slicing" in job.name else 1
+        assert group.traffic.nbytes == parts * plan.bytes_sent(rank), job
+        found[name] = (images, sum(move.nbytes for move in plan.moves if move.kind == "output"))
     return found
 
 
@@ -117,7 +140,20 @@ def test_pictures_land_where_output_says(tiny_model: Path, outputs: Path, ranks:
         assert all(rank["stages"] == ["encode_prompt", "denoise", "decode", "save"] for rank in everyone)
         for rank in everyone[: job.vae_size if job.vae_size > 1 else 0]:
             assert rank["progress"][-1].done == rank["progress"][-1].total > 0
+        for rank in everyone:
+            check_pixels(job, rank)
         check_landing(job, everyone, wanted[job.name]["images"], folder / job.name)
+
+
+def check_pixels(job: Job, rank: dict[str, Any]) -> None:
+    """Pictures that traveled as pixels are those that traveled as float32, in a quarter of the bytes."""
+    assert bool(rank["sent"]) == (job.vae_size > 1 and job.vae.get("output") != "sharded")
+    if rank["sent"]:
+        (images, few), (floats, many) = rank["sent"]["pixels"], rank["sent"]["floats"]
+        assert 4 * few == many > 0
+        for mine, one, other in zip(rank["images"], images, floats, strict=True):
+            assert np.array_equal(mine, one)
+            assert np.array_equal(one, other), job
 
 
 def check_landing(job: Job, everyone: list[Any], wanted: list[Any], folder: Path) -> None:
@@ -228,15 +264,15 @@ def poisoned_rank(rank: int, model: str, folder: str) -> str:
         executor._pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
     try:
         run(executor, resolved, save=True)
-    except RankError as error:
+    except (PeerError, RankError) as error:
         return str(error)
     return "no error"
 
 
 def test_the_rank_that_computed_nonsense_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    """Only rank 1's weights are spoiled, and only rank 0 sees the picture."""
-    first, _ = run_ranks(2, poisoned_rank, str(tiny_model), str(tmp_path / "out"))
-    assert first.startswith("rank 1 failed in stage decode: ")
-    assert "not finite (NaN or Inf) in rows" in first
-    assert "most of them in windows that rank 1 decoded" in first
+    """Only rank 1's weights are spoiled; it looks before its part of the picture travels as pixels."""
+    first, second = run_ranks(2, poisoned_rank, str(tiny_model), str(tmp_path / "out"))
+    assert second.startswith("rank 1 failed in stage decode: ")
+    assert "not finite (NaN or Inf) in rows" in second
+    assert first.startswith("rank 0 waited for rank 1 (decode): the picture has values that are not finite")
     assert list((tmp_path / "out").iterdir()) == []

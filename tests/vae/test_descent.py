@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -14,13 +15,13 @@ import torch
 from torch import nn
 from vae_models import tiny_kl
 
-from vaepp_sdk import RankError, UnsupportedError, VaeppWarning, parallelize_vae
+from vaepp_sdk import PeerError, RankError, UnsupportedError, VaeppWarning, parallelize_vae
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae import descent
-from vaepp_sdk.vae.ladder import Step
+from vaepp_sdk.vae.ladder import Ladder, Step
 from vaepp_sdk.vae.landing import Piece, ShardedSample
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.wrapper import ParallelVAE
@@ -293,11 +294,43 @@ def foreseen(rank: int) -> dict[str, Any]:
         sentences, predicted = [str(step) for step in steps], [step.predicted for step in steps]
         found[name] = (sentences, predicted, len(caught), len(freed))
         freed.clear()
-    return found
+    return found | {name: planned_badly(rank, given, name) for name in ("top", "planned")}
 
 
-def test_a_shortage_that_is_foreseen_is_not_run_into() -> None:
-    for rank, found in enumerate(run_ranks(2, foreseen)):
+def planned_badly(rank: int, given: torch.Tensor, method: str) -> tuple[str, bool]:
+    """What each rank says where rank 1 alone cannot plan, and whether the next decode is right."""
+    vae = parallelize_vae(made(Case(strategy="shard")), strategy="shard", timeout=timedelta(seconds=20))
+
+    def fail(*_: Any) -> None:
+        raise ValueError("an odd number\nof rows")
+
+    said = "nothing"
+    with patch.object(Ladder, method, fail) if rank else nullcontext():
+        try:
+            vae.decode(given)
+        except (PeerError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+    expected = made(Case(strategy="shard")).decode(given).sample
+    return said, torch.allclose(vae.decode(given).sample, expected, rtol=0, atol=2e-5 * expected.abs().max())
+
+
+def test_a_rank_that_cannot_plan_says_so_before_the_others_wait_for_it(shortages: list[Any]) -> None:
+    for method in ("top", "planned"):
+        assert shortages[1][method] == ("ValueError: an odd number\nof rows", True)
+        said, right = shortages[0][method]
+        assert said == (
+            "PeerError: rank 0 waited for rank 1 (before decoding): ValueError in planning: an odd number"
+        )
+        assert right
+
+
+@pytest.fixture(scope="module")
+def shortages() -> list[Any]:
+    return run_ranks(2, foreseen)
+
+
+def test_a_shortage_that_is_foreseen_is_not_run_into(shortages: list[Any]) -> None:
+    for rank, found in enumerate(shortages):
         sentence = "rank 1 would not have enough memory with strategy 'tile'; going on with strategy 'tile' ("
         assert found["short"][0][0].startswith(sentence)
         assert found["short"][1:] == ([True], 1 - rank, 1)

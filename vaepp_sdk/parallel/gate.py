@@ -65,31 +65,56 @@ class Gate:
 
         Raises:
             AgreementError: on every rank, saying which ranks state what.
-            PeerError: naming the ranks that have not come in time.
+            PeerError: naming the ranks that have not come in time, or those that gave up.
         """
+        verdict = self._meet(what, [dict(facts), dict(own or {}), ""])
+        if verdict.get("missing"):
+            cause = f"not there after {self._timeout.total_seconds():g} s ([limits] exchange)"
+            raise PeerError(self._rank, verdict["missing"], f"before {what}", cause)
+        if verdict.get("failed"):
+            raise PeerError(self._rank, verdict["failed"], f"before {what}", clean(verdict["problem"]))
+        if verdict.get("differ"):
+            raise AgreementError(f"ranks do not agree before {what}: {verdict['differ']}")
+
+    def give_up(self, what: str, problem: str) -> None:
+        """Come to the gate in place of `agree` only to say that this rank cannot go on.
+
+        All ranks that agree get a `PeerError` with the problem; nobody waits for this rank in vain.
+
+        Args:
+            what: what comes after the gate, for messages.
+            problem: why, in one line.
+
+        Raises:
+            PeerError: the job's store is gone.
+        """
+        self._meet(what, [{}, {}, problem])
+
+    def _meet(self, what: str, posted: list[Any]) -> dict[str, Any]:
+        """Post this rank's part and return the verdict; an empty one where there is nobody to wait for."""
         if self._store is None:
-            return
+            return {}
         self._round += 1
         try:
-            self._store.set(self._key(self._rank), json.dumps([dict(facts), dict(own or {})]))
+            self._store.set(self._key(self._rank), json.dumps(posted))
             verdict = self._judge() if self._rank == 0 else self._hear()
             self._tidy()
         except RuntimeError as error:
             # torch raises nothing narrower for a store whose host has gone.
             raise PeerError(self._rank, [0], f"before {what}", "the job's store is gone") from error
-        if verdict.get("missing"):
-            cause = f"not there after {self._timeout.total_seconds():g} s ([limits] exchange)"
-            raise PeerError(self._rank, verdict["missing"], f"before {what}", cause)
-        if verdict.get("differ"):
-            raise AgreementError(f"ranks do not agree before {what}: {verdict['differ']}")
+        return verdict
 
     def _judge(self) -> dict[str, Any]:
         """Rank 0 waits for all, compares, and tells the others."""
         keys = [self._key(rank) for rank in range(self._ranks)]
         verdict: dict[str, Any] = {}
         if self._come(keys, self._timeout):
-            posted = [json.loads(text) for text in self._read(keys)]
-            verdict["differ"] = differences([one[0] for one in posted], [one[1] for one in posted])
+            facts, own, problems = zip(*(json.loads(text) for text in self._read(keys)), strict=True)
+            failed = [rank for rank, problem in enumerate(problems) if problem]
+            if failed:
+                verdict = {"failed": failed, "problem": problems[failed[0]]}
+            else:
+                verdict["differ"] = differences(facts, own)
         else:
             verdict["missing"] = self._missing()
         self._store.set(self._key("verdict"), json.dumps(verdict))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from vaepp_sdk.errors import PeerError
 
-__all__ = ["TO_ALL", "Pending", "Recv", "Send", "Traffic", "VaeGroup", "Watch", "backend_of"]
+__all__ = ["TO_ALL", "Finish", "Pending", "Recv", "Send", "Traffic", "VaeGroup", "Watch", "backend_of"]
 
 TO_ALL = -1
 """The reader of a message that reaches every rank of the DiT group."""
@@ -98,6 +98,23 @@ class Watch(Protocol):
         ...
 
 
+class Finish(Protocol):
+    """What becomes of each finished piece of a decode, on the rank that made it, before it travels.
+
+    Each value must depend on the values at its own place alone, so that it does not matter how a picture was
+    cut.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what comes out."""
+        ...
+
+    def __call__(self, values: torch.Tensor, top: int, left: int) -> torch.Tensor:
+        """What becomes of a piece whose first row and column stand there; the shape stays."""
+        ...
+
+
 def _unwatched(done: int, total: int) -> None:
     """Progress that nobody watches."""
 
@@ -115,6 +132,7 @@ class VaeGroup:
         traffic: what this rank has sent.
         progress: told `(done, total)` as this rank works through its own pieces.
         watch: told of every message, where anybody wants to know.
+        finish: what becomes of decoded pieces before they land; the same on every rank. None leaves them.
     """
 
     process_group: dist.ProcessGroup | None
@@ -125,6 +143,7 @@ class VaeGroup:
     traffic: Traffic = attrs.field(factory=Traffic)
     progress: Callable[[int, int], None] = _unwatched
     watch: Watch | None = None
+    finish: Finish | None = None
     _shared: torch.Tensor | None = attrs.field(default=None, init=False)
 
     @classmethod

@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import AgreementError, UnsupportedError, VaeppWarning
+from vaepp_sdk.parallel.gate import Gate
 from vaepp_sdk.parallel.view import VaeGroup, backend_of
 from vaepp_sdk.registry import Registry, default_registry
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.chooser import AUTO, StrategyChooser
 from vaepp_sdk.vae.descent import OnOom
 from vaepp_sdk.vae.plan import Output
+from vaepp_sdk.vae.plan_gate import PlanGate
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
 __all__ = ["parallelize_vae"]
@@ -87,7 +89,11 @@ def parallelize_vae(
     view = VaeGroup.over(group, size, timeout)
     # A launcher says how many ranks this machine has; without one it may have all of them.
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return ParallelVAE(adapter, view, chooser, output, on_oom=on_oom, sharers=sharers)
+    made = ParallelVAE(adapter, view, chooser, output, on_oom=on_oom, sharers=sharers)
+    if dist.is_initialized() and world_size == dist.get_world_size():
+        # Gates are counted over the whole job: ranks outside a smaller group would not know of this one.
+        made.descent.on_plan = PlanGate(Gate(timeout))
+    return made
 
 
 def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | None) -> int:

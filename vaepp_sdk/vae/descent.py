@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import attrs
 import torch
@@ -23,6 +24,8 @@ __all__ = ["Descent", "OnOom", "StepDown", "nothing_to_free"]
 
 OnOom = str
 """`step_down`, or `fail`."""
+
+PlannedT = TypeVar("PlannedT")
 
 _DONE, _OUT_OF_MEMORY, _FAILED = range(3)
 
@@ -53,7 +56,7 @@ def nothing_to_free() -> None:
     """No memory that could be given back."""
 
 
-def _unheard(plan: WorkPlan) -> None:
+def _unheard(planned: WorkPlan | Exception) -> None:
     """A plan that nobody waits for."""
 
 
@@ -71,7 +74,8 @@ class Descent:
         output: where results land.
         on_oom: whether to step down, or to fail on all ranks alike.
         free_more: frees what the VAE does not need, such as a transformer that waits; called on every rank.
-        on_plan: told of each plan before it runs, on every rank.
+        on_plan: told of each plan before its first message, on every rank; or of the error that kept this
+            rank from one.
         sharers: ranks that share this host's memory.
         failed_before: the ranks on which what was asked for has failed already, outside of this; where there
             are any, it is not tried again.
@@ -84,7 +88,7 @@ class Descent:
     output: Output
     on_oom: OnOom = "step_down"
     free_more: Callable[[], None] = nothing_to_free
-    on_plan: Callable[[WorkPlan], None] = _unheard
+    on_plan: Callable[[WorkPlan | Exception], None] = _unheard
     sharers: int = 1
     failed_before: tuple[int, ...] = ()
     steps: tuple[StepDown, ...] = ()
@@ -101,7 +105,7 @@ class Descent:
             RankError: a rank's memory is not enough for any step, or none may be taken; on every rank alike.
             PeerError: a rank is gone, or did not answer in time.
         """
-        ladder = self._ladder(adapter, direction, value)
+        ladder = self._planned(lambda: self._ladder(adapter, direction, value))
         key = (ladder.facts, ladder.work)
         if key in self._settled:
             step, self.steps = self._settled[key]
@@ -117,6 +121,8 @@ class Descent:
             step = self._lower(ladder, tried, failed)
 
     def _ladder(self, adapter: VaeAdapter, direction: Direction, value: torch.Tensor) -> Ladder:
+        # What stays where it is need not be made smaller.
+        finish = self.group.finish if direction == "decode" and self.output != "sharded" else None
         work = Work(
             direction=direction,
             shape=tuple(value.shape),
@@ -124,14 +130,24 @@ class Descent:
             ranks=self.group.size,
             world_size=self.group.world_size,
             output=self.output,
+            landed_itemsize=None if finish is None else finish.dtype.itemsize,
         )
         images = 1 if adapter.vae.use_slicing else value.shape[0]
         return Ladder(self.chooser, adapter, adapter.facts(), work, images)
 
+    def _planned(self, plan: Callable[[], PlannedT]) -> PlannedT:
+        """Plan something; an error is told to the ranks that had none before it is raised."""
+        try:
+            return plan()
+        except Exception as error:
+            self.on_plan(error)
+            raise
+
     def _first(self, ladder: Ladder, device: torch.device) -> tuple[Step, list[Step]]:
         """The step to begin with, and those that have failed before."""
         self.steps = ()
-        top = ladder.top()
+        top = self._planned(ladder.top)
+        self.on_plan(top.plan)  # the other ranks may not have come so far: they would wait in vain
         if self.failed_before:
             return self._lower(ladder, [top], dict.fromkeys(self.failed_before, "")), [top]
         if self.on_oom == "fail":
@@ -145,7 +161,7 @@ class Descent:
             return top
         self.free_more()
         rooms = self._rooms(device)
-        step = ladder.fitting(rooms)
+        step = self._planned(lambda: ladder.fitting(rooms))
         if step.key == top.key:
             return top
         return self._noted(top, step, top.short_of(rooms), predicted=True)
@@ -183,7 +199,7 @@ class Descent:
 
     def _part(self, ladder: Ladder, step: Step, part: torch.Tensor) -> tuple[Landed | None, Exception | None]:
         """This rank's share of some pictures, or its error once its messages are played out."""
-        strategy, plan = ladder.planned(step, part.shape[0])
+        strategy, plan = self._planned(lambda: ladder.planned(step, part.shape[0]))
         self.plan = plan
         self.on_plan(plan)
         run: Callable[..., Landed] = strategy.decode if plan.work.direction == "decode" else strategy.encode
@@ -209,7 +225,7 @@ class Descent:
 
     def _lower(self, ladder: Ladder, tried: Sequence[Step], failed: dict[int, str]) -> Step:
         ranks = tuple(failed)
-        lower = ladder.next(tried, ranks) if self.on_oom == "step_down" else None
+        lower = self._planned(lambda: ladder.next(tried, ranks)) if self.on_oom == "step_down" else None
         if lower is None:
             raise RankError(ranks[0], ladder.work.direction, self._why(tried, failed))
         self.free_more()

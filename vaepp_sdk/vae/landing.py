@@ -98,6 +98,8 @@ def land(
         dtype: the pieces' dtype, also on ranks that have none.
         device: where the output is built.
     """
+    if plan.work.landed_itemsize is not None:
+        pieces, dtype = _finished(pieces, group, plan)
     output = plan.work.output
     if output == "sharded":
         own = tuple(Piece(window.target, pieces[window.index]) for window in plan.owned(group.rank))
@@ -113,6 +115,21 @@ def land(
     else:
         _share(sample, pieces, group, plan)
     return Landed(plan.out_shape, sample=sample)
+
+
+def _finished(
+    pieces: Mapping[int, torch.Tensor], group: VaeGroup, plan: WorkPlan
+) -> tuple[dict[int, torch.Tensor], torch.dtype]:
+    """This rank's pieces as they travel, and their dtype."""
+    finish = group.finish
+    assert finish is not None, "the plan was made for this group"
+    assert finish.dtype.itemsize == plan.work.landed_itemsize
+    windows = plan.owned(group.rank)
+    done = {
+        window.index: finish(pieces[window.index], window.target.top, window.target.left)
+        for window in windows
+    }
+    return done, finish.dtype
 
 
 def _collect(sample: torch.Tensor, group: VaeGroup, plan: WorkPlan) -> None:

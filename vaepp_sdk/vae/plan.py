@@ -119,6 +119,8 @@ class Work:
         ranks: how many ranks share the work: the VAE PP size.
         world_size: the size of the DiT group.
         output: where the result lands.
+        landed_itemsize: bytes per value of what lands, where pieces are finished before they travel; None
+            where they land as they were computed.
     """
 
     direction: Direction
@@ -127,6 +129,11 @@ class Work:
     ranks: int
     world_size: int
     output: Output
+    landed_itemsize: int | None = None
+
+    def landed_bytes(self, shape: Sequence[int]) -> int:
+        """The size of so much of the output as it lands."""
+        return math.prod(shape) * (self.itemsize if self.landed_itemsize is None else self.landed_itemsize)
 
 
 @attrs.frozen(kw_only=True)
@@ -171,8 +178,8 @@ class WorkPlan:
         return window.target.shape_in(self.out_shape)
 
     def piece_bytes(self, window: Window) -> int:
-        """The size of one window's part of the output."""
-        return math.prod(self.piece_shape(window)) * self.work.itemsize
+        """The size of one window's part of the output, as it lands."""
+        return self.work.landed_bytes(self.piece_shape(window))
 
     @property
     def digest(self) -> str:

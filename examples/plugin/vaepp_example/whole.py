@@ -6,7 +6,6 @@ other strategies are compared with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -40,7 +39,7 @@ class WholeStrategy:
         shape = facts.out_shape(work.direction, work.shape)
         source = Box(0, 0, work.shape[-2], work.shape[-1])
         window = Window(0, self.owner, source, Box(0, 0, shape[-2], shape[-1]))
-        nbytes = {0: math.prod(shape) * work.itemsize}
+        nbytes = {0: work.landed_bytes(shape)}
         pixels = max(shape[-2] * shape[-1], source.area) * work.shape[0]
         peak = int(pixels * facts.peak_values_per_pixel * work.itemsize)
         return WorkPlan(
