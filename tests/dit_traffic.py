@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from pipeline_jobs import loaded, resolved_for, run
 
 from vaepp_sdk.dit.prompts import PromptShare
 from vaepp_sdk.dit.row import Row
+from vaepp_sdk.events import Event, StageEnd, StageStart
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -93,3 +95,22 @@ def traffic() -> Iterator[dict[str, list[int]]]:
         for name, function in replaced.items():
             stack.enter_context(patch.object(dist, name, function))
         yield seen
+
+
+def denoised_rank(rank: int, jobs: Sequence[tuple[str, Mapping[str, int], Mapping[str, Any]]]) -> list[int]:
+    """The bytes that this rank puts in while it denoises, for each checkpoint, `[parallel]` and `[call]`."""
+    del rank
+    found = []
+    for model, sizes, call in jobs:
+        resolved = resolved_for(model, parallel=dict(sizes), call=dict(call))
+        with traffic() as seen:
+            total: list[int] = []
+
+            def note(event: Event, seen: dict[str, list[int]] = seen, total: list[int] = total) -> None:
+                if isinstance(event, StageStart | StageEnd) and event.stage == "denoise":
+                    total.append(sum(map(sum, seen.values())))
+
+            run(loaded(resolved, note), resolved)
+        before, after = total
+        found.append(after - before)
+    return found

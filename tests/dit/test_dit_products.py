@@ -33,7 +33,16 @@ def test_three_at_a_time_on_eight_ranks(layered_model: Path, one_process: list[M
     """Every dimension is in three of them, and meets each of the others once at least."""
     triples = [
         dict.fromkeys((KEYS[a], KEYS[b], KEYS[c]), 2)
-        for a, b, c in ((0, 1, 5), (0, 2, 4), (1, 2, 3), (3, 4, 5), (0, 3, 5), (1, 4, 2))
+        for a, b, c in (
+            (0, 1, 5),
+            (0, 2, 4),
+            (1, 2, 3),
+            (3, 4, 5),
+            (0, 3, 5),
+            (1, 4, 2),
+            (2, 4, 5),
+            (1, 3, 4),
+        )
     ]
     found = on(8, layered_model, *triples, calls=(GUIDED,))
     for everyone in found:

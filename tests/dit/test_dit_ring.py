@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from dims_jobs import TOLERANCE, Made, check, on
 from dit_traffic import traffic
-from pipeline_jobs import loaded, resolved_for, run
 from torch.nn import functional as F
 
 from vaepp_sdk.dit.ring import merged, partial_attention
@@ -45,14 +43,6 @@ def attention_rank(rank: int, ulysses: int, ring: int) -> list[float]:
     return found
 
 
-def counted_rank(rank: int, model: str) -> Any:
-    resolved = resolved_for(model, parallel={"ring_degree": 2})
-    executor = loaded(resolved)
-    with traffic() as seen:
-        run(executor, resolved, num_inference_steps=1)
-    return seen
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_attention_is_that_of_one_process(size: int) -> None:
     for rank in run_ranks(size, attention_rank, 1, size):
@@ -64,16 +54,6 @@ def test_pictures_are_those_of_one_process(layered_model: Path, one_process: lis
     (found,) = on(size, layered_model, {"ring_degree": size})
     check(found, one_process)
     assert all(rank["groups"] == 0 for rank in found)
-
-
-def test_bytes_of_a_step(tiny_model: Path) -> None:
-    """Of every block this rank's keys and values, once; after every list of blocks its part of the tokens."""
-    text, image, width = 64, 64, 48
-    for seen in run_ranks(2, counted_rank, str(tiny_model)):
-        parts = [tokens * width * 4 // 2 for tokens in (image,) * 2 + (text,) * 2 + (image + text,) * 2]
-        assert seen.pop("ring") == [2 * part for part in parts]
-        assert seen.pop("all_gather") == [parts[0], parts[2], parts[4]]
-        assert not seen
 
 
 def test_a_query_that_sees_no_key_leaves_the_others_alone() -> None:

@@ -10,8 +10,7 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
-from dit_traffic import traffic
-from pipeline_jobs import CALL, generators, loaded, resolved_for, run
+from pipeline_jobs import CALL, generators, resolved_for
 from torch import nn
 from torch.distributed import distributed_c10d
 
@@ -175,19 +174,3 @@ def test_a_sum_that_fails_names_the_peers_and_the_layer(monkeypatch: pytest.Monk
     assert str(caught.value) == (
         "rank 2 waited for rank 3 (sum of layers.0.feed_forward.w2): Connection closed by peer"
     )
-
-
-def counted_rank(rank: int, model: str) -> Any:
-    resolved = resolved_for(model, parallel={"tensor_parallel_size": 2})
-    executor = loaded(resolved)
-    with traffic() as seen:
-        run(executor, resolved, num_inference_steps=1)
-    return seen
-
-
-def test_bytes_of_a_step(tiny_model: Path) -> None:
-    """Every block sums the output of its attention and of its feed-forward, whole."""
-    text, image, width = 64, 64, 48  # tokens of the templated prompt, of the picture; channels
-    for seen in run_ranks(2, counted_rank, str(tiny_model)):
-        blocks = (image,) * 2 + (text,) * 2 + (image + text,) * 2
-        assert seen == {"all_reduce": [tokens * width * 4 for tokens in blocks for _ in range(2)]}

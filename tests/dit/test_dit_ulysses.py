@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from dims_jobs import Made, check, on
-from dit_traffic import traffic
-from pipeline_jobs import loaded, resolved_for, run
 from torch.nn import functional as F
 
 from vaepp_sdk.dit.row import Row
@@ -35,14 +33,6 @@ def attention_rank(rank: int, size: int) -> dict[str, Any]:
     return {"equal": equal, "parts": split.parts(11)}
 
 
-def counted_rank(rank: int, model: str) -> Any:
-    resolved = resolved_for(model, parallel={"ulysses_degree": 2})
-    executor = loaded(resolved)
-    with traffic() as seen:
-        run(executor, resolved, num_inference_steps=1)
-    return seen
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_pictures_are_the_bits_of_one_process(
     layered_model: Path, one_process: list[Made], size: int
@@ -57,16 +47,6 @@ def test_heads_and_lengths_that_do_not_divide() -> None:
     for rank in run_ranks(3, attention_rank, 3):
         assert rank["equal"] == [True] * 3
         assert rank["parts"] == (4, 4, 3)
-
-
-def test_bytes_of_a_step(tiny_model: Path) -> None:
-    """Of every block: three parts of queries, keys and values leave, one of the output comes back."""
-    text, image, width = 64, 64, 48  # tokens of the templated prompt, of the picture; channels
-    for seen in run_ranks(2, counted_rank, str(tiny_model)):
-        half = [tokens * width * 4 // 4 for tokens in (image,) * 2 + (text,) * 2 + (image + text,) * 2]
-        assert seen.pop("all_to_all") == [nbytes for own in half for nbytes in (3 * own, own)]
-        assert seen.pop("all_gather") == [2 * half[0], 2 * half[2], 2 * half[4]]
-        assert not seen
 
 
 def test_what_cannot_be_split_is_refused() -> None:
