@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 __all__ = [
     "CLIP_CONVOLUTIONS",
+    "CLIP_INTERPOLATING",
     "COVERING",
     "GIVERS",
     "INTERPOLATING",
+    "MASKED_ATTENTION",
     "PADS",
     "POSITION_ATTENTION",
     "UPSAMPLES",
@@ -20,7 +22,10 @@ _HOLDING_CONVOLUTIONS = ("HunyuanVideo15CausalConv3d", "HunyuanVideoCausalConv3d
 CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d", *_HOLDING_CONVOLUTIONS)
 """Convolutions over frames, rows and columns, padded by half their kernel along rows and columns."""
 
-INTERPOLATING = ("HunyuanVideoUpsampleCausal3D", "Upsample2D")
+CLIP_INTERPOLATING = ("HunyuanVideoUpsampleCausal3D",)
+"""Nearest interpolation of a clip, in front of a convolution of its own."""
+
+INTERPOLATING = (*CLIP_INTERPOLATING, "Upsample2D")
 """Nearest interpolation in front of a convolution of their own."""
 
 UPSAMPLES = ("QwenImageUpsample", "Upsample", "WanUpsample", *INTERPOLATING)
@@ -34,6 +39,12 @@ GIVERS = ("GroupNorm", *UPSAMPLES, *PADS)
 
 POSITION_ATTENTION = ("HunyuanVideo15AttnBlock", "QwenImageAttentionBlock", "WanAttentionBlock")
 """Single-head attention after a normalisation that works position by position."""
+
+MASKED_ATTENTION: Mapping[str, int] = {"HunyuanVideo15AttnBlock": 1, "HunyuanVideoMidBlock3D": 3}
+"""Layers whose own code masks all positions by all positions; how many values it holds for each pair at once.
+
+The second makes its mask in float32: three values of two bytes with the result. On a band nothing is masked.
+"""
 
 COVERING: Mapping[str, tuple[str, ...]] = {
     "Attention": ("GroupNorm",),

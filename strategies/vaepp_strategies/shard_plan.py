@@ -13,6 +13,7 @@ from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.shard_clip_memory import ClipMemory
 from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
@@ -98,7 +99,7 @@ def plan_shards(
         windows=tuple(_window(rank, parts, work.shape, out_shape) for rank in range(len(parts.parts))),
         out_shape=out_shape,
         moves=(),
-        peak_bytes=_peaks(parts, facts, work, times, blocks),
+        peak_bytes=_peaks(parts, facts, work, times, exchanges, blocks),
         parts=parts,
         steps=exchanges.steps if len(parts.parts) > 1 or blocks else (),
         given=exchanges.given,
@@ -218,24 +219,31 @@ def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wa
 
 
 def _peaks(
-    parts: Parts, facts: VaeFacts, work: Work, times: tuple[Span, ...], blocks: BlockPlan | None
+    parts: Parts,
+    facts: VaeFacts,
+    work: Work,
+    times: tuple[Span, ...],
+    exchanges: ShardSteps,
+    blocks: BlockPlan | None,
 ) -> tuple[int, ...]:
     """Each rank's live bytes inside its band, or while the pieces land if that is more."""
     idle = tuple(_landing(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
     if blocks is not None:
         return blocks.peaks + idle
+    clip = ClipMemory(facts=facts, work=work, parts=parts, times=times, exchanges=exchanges)
     across = work.shape[-1 if parts.axis == -2 else -2]
     scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
-    if facts.temporal_ratio:
-        frames = max(span.length for span in times) if times else work.shape[2]
-        pictures = frames if work.direction == "encode" else facts.out_frames("decode", frames)
-        scale *= min(pictures, facts.frames_at_once or pictures)
 
     def peak(rank: int, part: Part) -> int:
+        if facts.clip_layers is not None:
+            return clip.peak(rank)
         values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel
-        return max(int(values) * work.itemsize, _landing(facts, work, rank))
+        return int(values) * work.itemsize
 
-    return tuple(peak(rank, part) for rank, part in enumerate(parts.parts)) + idle
+    return (
+        tuple(max(peak(rank, part), _landing(facts, work, rank)) for rank, part in enumerate(parts.parts))
+        + idle
+    )
 
 
 def _landing(facts: VaeFacts, work: Work, rank: int) -> int:

@@ -17,8 +17,7 @@ from shard_cases import Case, Expected, close, expect, landed, prepared, whole
 from vaepp_strategies.shard_limit import parse_bytes
 
 from vaepp_sdk import UnsupportedError, parallelize_vae
-from vaepp_sdk.testing import run_ranks
-from vaepp_sdk.testing.memory import LiveBytes
+from vaepp_sdk.testing import LiveBytes, run_ranks
 
 BF16, F64 = torch.bfloat16, torch.float64
 WIDE = {"widths": (8, 12, 16, 16), "quant": True}

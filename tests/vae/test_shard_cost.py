@@ -1,6 +1,6 @@
 """What a sharded decode or encode of real VAEs costs each rank, counted on shapes alone.
 
-The VAEs of Flux and Z-Image, and of Wan 2.1, run at full width on the meta device, where shapes flow and
+The VAEs of Flux and Z-Image run at full width on the meta device, where shapes flow and
 numbers do not, so that live bytes and floating point operations are those of the real thing and cost nothing.
 Messages go nowhere.
 """
@@ -16,10 +16,9 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from vaepp_plugins.vae_kl import KLAdapter
-from vaepp_plugins.vae_wan import WanAdapter
 from vaepp_strategies.shard_run import ShardStrategy
 
 from vaepp_sdk.parallel.view import Pending, Recv, Send, VaeGroup
@@ -146,18 +145,3 @@ def test_peak_and_work_of_every_rank_are_its_share(direction: Direction) -> None
             share = shard_cost(vae, direction, 1024, ranks, rank)
             assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
             assert share.work * ranks <= 1.03 * whole.work, (ranks, rank, share.work * ranks / whole.work)
-
-
-@pytest.mark.parametrize(
-    ("direction", "shape"), [("decode", (1, 16, 3, 60, 104)), ("encode", (1, 3, 9, 480, 832))]
-)
-def test_the_same_for_a_clip(direction: Direction, shape: tuple[int, ...]) -> None:
-    """Three latent frames: with the third one all caches of frames are as full as they get."""
-    with torch.device("meta"):
-        vae = AutoencoderKLWan()
-    adapter = WanAdapter(torch.nn.Module.to(vae, torch.bfloat16).eval())
-    whole = untiled_adapter_cost(adapter, direction, shape)
-    for ranks, rank in ((2, 0), (2, 1), (4, 0), (4, 1), (4, 3)):
-        share = adapter_cost(ShardStrategy(), adapter, direction, shape, ranks, rank)
-        assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
-        assert share.work * ranks <= 1.03 * whole.work, (ranks, rank, share.work * ranks / whole.work)

@@ -3,7 +3,7 @@
 Shipped for plugin authors; nothing in the SDK's runtime uses it.
 """
 
-from vaepp_sdk.testing.memory import LiveBytes
 from vaepp_sdk.testing.ranks import RankFailedError, run_ranks
+from vaepp_sdk.vae.live_bytes import LiveBytes
 
 __all__ = ["LiveBytes", "RankFailedError", "run_ranks"]

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vaepp_sdk.vae.live_bytes import LiveBytes
 
 __all__ = ["INPUT", "UNKNOWN", "LayerCall", "LayerTrace", "trace_layers"]
 
@@ -38,6 +41,8 @@ class LayerCall:
         out_shape: the shape of its result.
         operators: the torch operators it runs itself, outside the modules it calls, sorted.
         settings: its plain public attributes, as in `("kernel_size", (3, 3))`, sorted by name.
+        before: values alive when it began; see `LayerTrace.peak`.
+        peak: the most values alive at one time until it ended.
     """
 
     name: str
@@ -48,6 +53,8 @@ class LayerCall:
     out_shape: tuple[int, ...]
     operators: tuple[str, ...]
     settings: tuple[tuple[str, Any], ...]
+    before: int
+    peak: int
 
     def setting(self, name: str, default: Any = None) -> Any:
         """One plain attribute of the module, or `default` where it has none of that name."""
@@ -61,25 +68,34 @@ class LayerTrace:
     Attributes:
         in_shape: the shape of the traced input: batch 1 and small sides.
         calls: the calls.
+        peak: the most values alive at one time: bytes, by the size of one of the VAE's own values. Weights,
+            the input, and what kernels allocate inside themselves are not counted.
     """
 
     in_shape: tuple[int, ...]
     calls: tuple[LayerCall, ...]
+    peak: int
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects calls from hooks, and the operators between them.
+    """Collects calls from hooks, the operators between them, and what is alive meanwhile.
 
-    Tensors are kept so that no identity is used twice.
+    It keeps no tensor alive.
+
+    Args:
+        live: counts bytes.
+        itemsize: bytes of one of the VAE's values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live: LiveBytes, itemsize: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[LayerCall] = []
+        self._live = live
+        self._itemsize = itemsize
+        self._peaks: list[int] = []
         self._operators: dict[int, set[str]] = {}
         self._open: list[int] = []
-        self._sources: dict[int, tuple[int, int]] = {}
-        self._kept: list[torch.Tensor] = []
+        self._sources = WeakIdKeyDictionary()
         self._settings: dict[int, tuple[tuple[str, Any], ...]] = {}
 
     def __torch_dispatch__(
@@ -93,13 +109,14 @@ class _Recorder(TorchDispatchMode):
     def keep(self, tensor: torch.Tensor, source: int) -> None:
         """Remember who made a tensor; the innermost call counts."""
         if self._source(tensor) == UNKNOWN:
-            self._kept.append(tensor)
-            self._sources[id(tensor)] = (source, tensor._version)
+            self._sources[tensor] = (source, tensor._version)
 
     def _source(self, tensor: torch.Tensor | None) -> int:
         """Who made a tensor, unless it has been written to since."""
-        source, version = self._sources.get(id(tensor), (UNKNOWN, -1))
-        return source if tensor is not None and tensor._version == version else UNKNOWN
+        if tensor is None:
+            return UNKNOWN
+        source, version = self._sources.get(tensor, (UNKNOWN, -1))
+        return int(source) if tensor._version == version else UNKNOWN
 
     def begin(self, name: str, module: nn.Module, arguments: Sequence[Any]) -> None:
         """A call starts."""
@@ -113,7 +130,11 @@ class _Recorder(TorchDispatchMode):
             out_shape=(),
             operators=(),
             settings=self._settings_of(module),
+            before=self._live.now // self._itemsize,
+            peak=0,
         )
+        self._peaks.append(self._live.peak)
+        self._live.peak = self._live.now
         self._open.append(len(self.calls))
         self._operators[len(self.calls)] = set()
         self.calls.append(call)
@@ -129,7 +150,11 @@ class _Recorder(TorchDispatchMode):
         index = self._open.pop()
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
         operators = tuple(sorted(self._operators[index]))
-        self.calls[index] = attrs.evolve(self.calls[index], out_shape=shape, operators=operators)
+        peak = self._live.peak
+        self._live.peak = max(peak, self._peaks.pop())
+        self.calls[index] = attrs.evolve(
+            self.calls[index], out_shape=shape, operators=operators, peak=peak // self._itemsize
+        )
         if isinstance(output, torch.Tensor):
             self.keep(output, index)
 
@@ -157,9 +182,11 @@ def trace_layers(
         shape: the shape of the input to run, `(1, channels, [frames,] rows, columns)`. Sides of several times
             the VAE's reach keep shapes at different depths apart.
     """
-    recorder = _Recorder()
+    dtype = _dtype(vae)
     with torch.inference_mode(False):
-        value = torch.empty(tuple(shape), device="meta", dtype=_dtype(vae))
+        value, state = torch.empty(tuple(shape), device="meta", dtype=dtype), _meta_state(vae)
+    live = LiveBytes([value, *state.values()])
+    recorder = _Recorder(live, dtype.itemsize)
     recorder.keep(value, INPUT)
     handles = []
     for name, module in vae.named_modules():
@@ -167,12 +194,13 @@ def trace_layers(
         handles.append(module.register_forward_hook(_after(recorder)))
     try:
         # Outside inference mode tensors count their versions, which show what is written in place.
-        with torch.inference_mode(False), torch.no_grad(), recorder:
-            functional_call(_Run(vae, run), _meta_state(vae), (value,), tie_weights=False)
+        with torch.inference_mode(False), torch.no_grad(), live, recorder:
+            functional_call(_Run(vae, run), state, (value,), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()
-    return LayerTrace(in_shape=tuple(shape), calls=tuple(recorder.calls))
+    peak = live.peak // dtype.itemsize
+    return LayerTrace(in_shape=tuple(shape), calls=tuple(recorder.calls), peak=peak)
 
 
 def _before(recorder: _Recorder, name: str) -> Callable[[nn.Module, Any], None]:

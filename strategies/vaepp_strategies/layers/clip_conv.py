@@ -6,7 +6,7 @@ Where a class hands a layer its last frames again, their rows at the seams are k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import torch
@@ -17,13 +17,16 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
 
-from vaepp_strategies.layers.bands import Bands
-from vaepp_strategies.layers.conv import Edge, convolve_band, zero_rows
-from vaepp_strategies.layers.reach import Window
+from vaepp_strategies.layers.bands import Bands, Halo
+from vaepp_strategies.layers.clip_room import PadMode, surrounded
+from vaepp_strategies.layers.conv import convolve_band, last_rows
+from vaepp_strategies.layers.joined import nearest_rows
+from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
-__all__ = ["CLIP_LAYERS", "ClipConvolution", "band_clip_convolution", "clip_convolution"]
+__all__ = ["CLIP_LAYERS", "SHORT_BAND", "ClipConvolution", "band_clip_convolution", "clip_convolution"]
 
-PadMode = Literal["constant", "replicate"]
+SHORT_BAND = 128
+"""The most rows of a band that waits for its neighbours': of a longer one, two computed twice are 1.6 %."""
 
 
 @attrs.frozen(eq=False)
@@ -47,11 +50,6 @@ class ClipConvolution:
     time_mode: PadMode
     caches: bool = False
 
-    @property
-    def edge(self) -> Edge:
-        """The padding along the split axis."""
-        return zero_rows if self.space_mode == "constant" else _edge_rows
-
     def window(self, axis: int) -> Window:
         """How it works along an axis, -2 or -1."""
         kernel, stride, padding = (
@@ -73,17 +71,47 @@ class ClipConvolution:
         across[0 if axis == -1 else 2] = across[1 if axis == -1 else 3] = 0
         frames = (self.time[0] - min(earlier, self.time[0]), self.time[1])
         padded = F.pad(strip, (*across, 0, 0), self.space_mode)
-        padded = F.pad(padded, (0, 0, 0, 0, *frames), self.time_mode)
+        return self._bare(F.pad(padded, (0, 0, 0, 0, *frames), self.time_mode))
+
+    def joined(
+        self, band: torch.Tensor, halo: Halo, axis: int, give: Reach, earlier: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Halo]:
+        """Convolve a band and all that stands around it, written into one tensor: no row is computed twice.
+
+        Args:
+            band: this rank's rows.
+            halo: the neighbours' rows around them, of the earlier frames too: those of the window's reach,
+                and `give` more.
+            axis: the split axis.
+            give: rows beyond the band to compute as well; only where the stride is 1.
+            earlier: frames before the band's.
+
+        Returns:
+            The band's output, and the rows of `give` around it.
+        """
+        window, (above, below) = self.window(axis), halo.rows()
+        gives = Reach(0 if above is None else give.above, 0 if below is None else give.below)
+        if above is not None:
+            above = nearest_rows(above, axis, window.reach.above + gives.above, -1)
+        if below is not None:
+            below = nearest_rows(below, axis, window.reach.below + gives.below, 1)
+        frames = 0 if earlier is None else earlier.shape[2]
+        beside = [(max(self.time[0], frames), self.time[1]), (self.space[0],) * 2, (self.space[1],) * 2]
+        beside[axis] = (
+            window.lead if above is None else above.shape[axis],
+            window.trail if below is None else below.shape[axis],
+        )
+        room = surrounded(band, earlier, (above, below), axis, beside, self.space_mode, self.time_mode)
+        wide = self._bare(room)
+        out = wide.narrow(axis, gives.above, wide.shape[axis] - gives.above - gives.below)
+        return out, Halo(
+            wide.narrow(axis, 0, gives.above) if gives.above else None,
+            last_rows(wide, axis, gives.below) if gives.below else None,
+        )
+
+    def _bare(self, padded: torch.Tensor) -> torch.Tensor:
         own = self.convolution
         return F.conv3d(padded, own.weight, own.bias, own.stride, 0, own.dilation, own.groups)
-
-
-def _edge_rows(band: torch.Tensor, axis: int, count: int, side: int) -> torch.Tensor:
-    """Copies of the row at an edge."""
-    row = band.narrow(axis, 0 if side < 0 else band.shape[axis] - 1, 1)
-    shape = list(row.shape)
-    shape[axis] = count
-    return row.expand(shape)
 
 
 def _plain(layer: nn.Conv3d) -> ClipConvolution:
@@ -146,13 +174,19 @@ class _Memory:
         return joined
 
 
-def band_clip_convolution(layer: Any, bands: Bands, name: str) -> Callable[..., torch.Tensor]:
+def band_clip_convolution(
+    layer: Any, bands: Bands, name: str, give: Reach = NO_ROWS
+) -> Callable[..., torch.Tensor]:
     """A forward for a convolution over frames, rows and columns that works on this rank's band.
+
+    A long band is convolved while the rows travel, and the rows at its seams once more; a short one waits for
+    them, and no row is computed twice.
 
     Args:
         layer: of a class in `CLIP_LAYERS`.
         bands: this rank's band.
         name: names the exchange in errors.
+        give: rows beyond the band that a later layer reads of its output.
     """
     clip, axis = clip_convolution(layer), bands.axis
     window, own = clip.window(axis), type(layer).forward
@@ -160,8 +194,9 @@ def band_clip_convolution(layer: Any, bands: Bands, name: str) -> Callable[..., 
     above, below = _Memory(keep), _Memory(keep)
 
     def forward(values: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
-        halo = bands.carried(values) or bands.fetch(values, window.reach, name)
+        halo = bands.carried(values) or bands.fetch(values, window.reach + give, name)
         above.take = below.take = frames = 0 if earlier is None else earlier.shape[2]
+        halo = halo.mapped(above.joined, below.joined)
 
         def whole(band: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = own(layer, band) if earlier is None else own(layer, band, earlier)
@@ -170,7 +205,12 @@ def band_clip_convolution(layer: Any, bands: Bands, name: str) -> Callable[..., 
         def rows(strip: torch.Tensor) -> torch.Tensor:
             return clip.rows(strip, axis, frames)
 
-        halo = halo.mapped(above.joined, below.joined)
-        return convolve_band(values, halo, axis, window, whole, rows, edge=clip.edge, earlier=earlier)[0]
+        if values.shape[axis] <= SHORT_BAND:
+            out, beyond = clip.joined(values, halo, axis, give, earlier)
+        else:
+            out, beyond = convolve_band(values, halo, axis, window, whole, rows, give, earlier)
+        if give:
+            bands.carry(out, beyond)
+        return out
 
     return forward

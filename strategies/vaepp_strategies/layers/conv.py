@@ -18,24 +18,18 @@ from vaepp_strategies.layers.joined import nearest_rows
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 
 __all__ = [
-    "Edge",
     "band_convolution",
     "convolution_window",
     "convolve_band",
     "convolve_rows",
     "last_rows",
-    "zero_rows",
 ]
 
 Convolve = Callable[[torch.Tensor], torch.Tensor]
 
-Edge = Callable[[torch.Tensor, int, int, int], torch.Tensor]
-"""Rows beyond the picture's edge: of a band, along an axis, how many, above it (-1) or below it (1)."""
 
-
-def zero_rows(band: torch.Tensor, axis: int, count: int, side: int) -> torch.Tensor:
-    """Rows of zeros beyond either edge."""
-    del side
+def _zero_rows(band: torch.Tensor, axis: int, count: int) -> torch.Tensor:
+    """Rows of zeros beyond the picture's edge."""
     shape = list(band.shape)
     shape[axis] = count
     return band.new_zeros(shape)
@@ -71,7 +65,6 @@ def convolve_band(
     whole: Convolve,
     rows: Convolve,
     give: Reach = NO_ROWS,
-    edge: Edge = zero_rows,
     earlier: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Halo]:
     """Convolve a band as part of the whole picture, or of the whole frames of a clip.
@@ -85,7 +78,6 @@ def convolve_band(
         whole: convolves a tensor with the layer's padding on all sides.
         rows: convolves without padding along the split axis.
         give: rows beyond the band to compute as well; only where the stride is 1.
-        edge: the padding along the split axis.
         earlier: frames before the band's, which `whole` knows of and `rows` does not.
 
     Returns:
@@ -100,7 +92,7 @@ def convolve_band(
     bottom_rows = (bottom - 1) * window.stride + window.kernel - reach.below
     if length < max(top_rows, bottom_rows):
         joined = _with_earlier(band, earlier, axis, 0, length)
-        return _convolve_short(joined, halo, axis, window, rows, give, edge)
+        return _convolve_short(joined, halo, axis, window, rows, give)
     out = whole(band)
     above, below = halo.rows()
     beyond_above = beyond_below = None
@@ -140,17 +132,17 @@ def _with_earlier(
 
 
 def _convolve_short(
-    band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach, edge: Edge
+    band: torch.Tensor, halo: Halo, axis: int, window: Window, rows: Convolve, give: Reach
 ) -> tuple[torch.Tensor, Halo]:
     """Convolve a band too short for its seams to be told apart; its copy is as short."""
     above, below = halo.rows()
 
     if above is None:
-        before, first = edge(band, axis, window.lead, -1), 0
+        before, first = _zero_rows(band, axis, window.lead), 0
     else:
         before, first = nearest_rows(above, axis, window.reach.above + give.above, -1), give.above
     if below is None:
-        after, last = edge(band, axis, window.trail, 1), 0
+        after, last = _zero_rows(band, axis, window.trail), 0
     else:
         after, last = nearest_rows(below, axis, window.reach.below + give.below, 1), give.below
     wide = rows(torch.cat([before, band, after], axis))

@@ -1,0 +1,145 @@
+"""How many bytes a band of a clip holds at its peak: pure arithmetic, from what a trace of layers counted.
+
+A trace runs the VAE's own code on small sides. What it holds grows with the positions of the input, so a band
+holds its share of that, but for its neighbours' rows and for layers that run on a band in another way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import attrs
+
+from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.plan import Work
+from vaepp_sdk.vae.trace import LayerTrace
+from vaepp_strategies.layers.parts import Parts
+from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, MASKED_ATTENTION
+from vaepp_strategies.shard_steps import ShardSteps
+from vaepp_strategies.tile_geometry import Span
+
+__all__ = ["ClipMemory"]
+
+_ROW_COPIES = 4
+"""Of a neighbour's rows: what is sent, what arrives, and where it stands among a band's own rows."""
+
+_CACHED_FRAMES = 2
+"""Frames of which rows are kept for a layer's next call."""
+
+
+@attrs.frozen(kw_only=True)
+class ClipMemory:
+    """The bytes of one clip's bands.
+
+    Attributes:
+        facts: the VAE; the layers of its clips are known.
+        work: what is asked.
+        parts: the bands.
+        times: the windows of frames in which the VAE runs the clip; none where it runs in one piece.
+        exchanges: what the layers exchange.
+    """
+
+    facts: VaeFacts
+    work: Work
+    parts: Parts
+    times: tuple[Span, ...]
+    exchanges: ShardSteps
+
+    def peak(self, rank: int) -> int:
+        """The most bytes alive on an active rank, weights and the input itself excluded."""
+        area = self.parts.parts[rank].length * self._across
+        frames = {span.length for span in self.times} or {self.work.shape[2]}
+        values = max(self._window(count, area) for count in frames)
+        piece = sum(self._out(span.out, area) for span in self.times) or self._out(
+            self.facts.out_frames(self.work.direction, self.work.shape[2]), area
+        )
+        if self.times:
+            values += piece  # what earlier windows gave
+        values = max(values, 2 * piece)  # frames that are joined, or clamped
+        if len(self.parts.parts) > 1:
+            values += self.work.shape[1] * max(frames) * area + self._rows()
+        return self.work.shape[0] * int(values) * self.work.itemsize
+
+    @property
+    def _across(self) -> int:
+        return self.work.shape[-1 if self.parts.axis == -2 else -2]
+
+    def _out(self, frames: int, area: int) -> float:
+        """Values of some frames of a band's output."""
+        ratio = self.facts.spatial_ratio
+        scale = ratio**2 if self.work.direction == "decode" else 1 / ratio**2
+        return self.facts.out_channels(self.work.direction) * frames * area * scale
+
+    def _window(self, frames: int, area: int) -> float:
+        """Values alive at the peak of one window of frames, or of a whole clip."""
+        direction, layers = self.work.direction, self.facts.clip_layers
+        assert layers is not None, "the layers are known"
+        enough, chunk = layers.frames(direction)
+        traced = min(frames, enough) if chunk else frames
+        trace = layers.trace(direction, traced)
+        share = area / math.prod(trace.in_shape[-2:])
+        alone = len(self.parts.parts) == 1
+        values = share * (trace.peak if alone else _on_band(trace))
+        if alone:
+            values = max(values, _masks(trace, share))
+        later = frames - traced
+        if later:
+            # A chunk leaves what it gave, beside what stands ready for those after it.
+            given = [self.facts.out_frames(direction, count) for count in (frames, traced)]
+            values += later * share * _ready(trace) / traced + self._out(given[0] - given[1], area)
+        return values
+
+    def _rows(self) -> int:
+        """Values of neighbours' rows: of the widest exchange, and of frames kept for later."""
+        sizes: dict[str, int] = {}
+        widest = 0
+        for step in self.exchanges.steps:
+            row = self.parts.rows(self._across, step.scale) * step.channels
+            sizes[step.name] = row * (step.reach.above + step.reach.below)
+            widest = max(widest, sizes[step.name] * step.frames)
+        layers = self.facts.clip_layers
+        cached = layers is not None and layers.frames(self.work.direction)[1]
+        return _ROW_COPIES * widest + (_CACHED_FRAMES * sum(sizes.values()) if cached else 0)
+
+
+def _ready(trace: LayerTrace) -> int:
+    """Values that stand ready for all chunks of a clip when the first one is run."""
+    outer = [call for call in trace.calls if call.inside == -1]
+    largest = max(outer, key=lambda call: call.peak)
+    return next(call.before for call in outer if call.name == largest.name)
+
+
+def _on_band(trace: LayerTrace) -> int:
+    """The peak where interpolation does not hold its input's copies while it convolves."""
+    inside = defaultdict(list)
+    for index, call in enumerate(trace.calls):
+        inside[call.inside].append(index)
+
+    def peak(index: int, own: int) -> int:
+        if index >= 0 and trace.calls[index].kind in CLIP_INTERPOLATING:
+            return _interpolation(trace, index)
+        inner = [peak(at, trace.calls[at].peak) for at in inside[index]]
+        # What it runs itself shows where it holds more than any layer that it calls.
+        itself = own > max((trace.calls[at].peak for at in inside[index]), default=0)
+        return max([own if itself else 0, *inner])
+
+    return peak(-1, trace.peak)
+
+
+def _interpolation(trace: LayerTrace, index: int) -> int:
+    """The peak of nearest interpolation in front of a convolution, as `band_clip_upsample` runs both."""
+    call, padding, convolution = trace.calls[index : index + 3]
+    source, large = math.prod(call.in_shape), math.prod(padding.in_shape)
+    convolving = math.prod(convolution.in_shape) + math.prod(call.out_shape)
+    return call.before + large + max(convolving, source + large)
+
+
+def _masks(trace: LayerTrace, share: float) -> float:
+    """Values alive where a class masks all positions of a clip by all positions, as its own code does."""
+    found = 0.0
+    for call in trace.calls:
+        if call.kind in MASKED_ATTENTION:
+            positions = share * math.prod(call.in_shape[2:])
+            found = max(found, share * call.before + MASKED_ATTENTION[call.kind] * positions**2)
+    return found

@@ -1,0 +1,130 @@
+"""What a sharded clip costs each rank, counted on shapes alone, and what its plan says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from test_shard_cost import (  # type: ignore[import-not-found]  # beside this file, not on mypy's path
+    SilentGroup,
+    adapter_cost,
+    untiled_adapter_cost,
+)
+from vae_zoo import build
+from vaepp_plugins.vae_hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from vaepp_plugins.vae_wan import QwenImageAdapter, WanAdapter
+from vaepp_strategies.shard_run import ShardStrategy
+
+from vaepp_sdk.testing import LiveBytes
+from vaepp_sdk.vae.facts import Direction
+from vaepp_sdk.vae.plan import Work
+
+WAN_22: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+}
+
+
+def full(adapter: Callable[[Any], Any], vae: Callable[..., Any], **config: Any) -> Any:
+    """An adapter of a VAE at full width, in bfloat16, without numbers."""
+    with torch.device("meta"):
+        built = vae(**config)
+    return adapter(torch.nn.Module.to(built, torch.bfloat16).eval())
+
+
+def tiny(adapter: Callable[[Any], Any], name: str, dtype: torch.dtype) -> Any:
+    return adapter(torch.nn.Module.to(build(name, dtype), device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("config", "direction", "shape"),
+    [
+        ({}, "decode", (1, 16, 3, 60, 104)),
+        ({}, "encode", (1, 3, 9, 480, 832)),
+        (WAN_22, "decode", (1, 48, 3, 30, 52)),
+    ],
+)
+def test_peak_and_work_of_every_rank_are_its_share(
+    config: dict[str, Any], direction: Direction, shape: tuple[int, ...]
+) -> None:
+    """Three latent frames: with the third one all caches of frames are as full as they get."""
+    adapter = full(WanAdapter, diffusers.AutoencoderKLWan, **config)
+    whole = untiled_adapter_cost(adapter, direction, shape)
+    for ranks, rank in ((2, 0), (2, 1), (4, 0), (4, 1), (4, 3)):
+        share = adapter_cost(ShardStrategy(), adapter, direction, shape, ranks, rank)
+        assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
+        assert share.work * ranks <= 1.01 * whole.work, (ranks, rank, share.work * ranks / whole.work)
+
+
+WAN = (WanAdapter, diffusers.AutoencoderKLWan)
+HUNYUAN = (HunyuanVideoAdapter, diffusers.AutoencoderKLHunyuanVideo)
+HUNYUAN_15 = (HunyuanVideo15Adapter, diffusers.AutoencoderKLHunyuanVideo15)
+FULL = [
+    (*WAN, {}, ((16, 1, 60, 104), (16, 6, 30, 52)), ((3, 21, 240, 416),)),
+    (*WAN, WAN_22, ((48, 2, 30, 52),), ((3, 13, 480, 832),)),
+    (*HUNYUAN, {}, ((16, 9, 30, 52),), ((3, 33, 240, 416),)),
+    (*HUNYUAN_15, {}, ((32, 3, 15, 26),), ((3, 9, 240, 416),)),
+]
+TINY = [
+    (WanAdapter, "AutoencoderKLWan", torch.float32),
+    (WanAdapter, "AutoencoderKLWan_22", torch.bfloat16),
+    (QwenImageAdapter, "AutoencoderKLQwenImage", torch.float32),
+    (HunyuanVideoAdapter, "AutoencoderKLHunyuanVideo", torch.float32),
+    (HunyuanVideo15Adapter, "AutoencoderKLHunyuanVideo15", torch.bfloat16),
+]
+
+
+@torch.no_grad()
+def told_and_counted(adapter: Any, direction: str, shape: tuple[int, ...], ranks: int) -> float:
+    """What the plan of a rank in the middle says of its peak, as a share of what is counted."""
+    rank, strategy, dtype = ranks // 2, ShardStrategy(), adapter.vae.dtype
+    work = Work(
+        direction="decode" if direction == "decode" else "encode",
+        shape=shape,
+        itemsize=dtype.itemsize,
+        ranks=ranks,
+        world_size=ranks,
+        output="sharded",
+    )
+    plan = strategy.plan(adapter.facts(), work)
+    value = torch.empty(shape, dtype=dtype, device="meta")
+    group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
+    with LiveBytes([value]) as live:
+        getattr(strategy, direction)(adapter, value, group, plan)
+    return float(plan.peak_bytes[rank] / live.peak)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_plan_knows_the_peak_of_a_clip(ranks: int) -> None:
+    """Unlike the runs that it plans, it has seen the layers on small sides and in few frames only."""
+    for adapter, vae, config, decodes, encodes in FULL:
+        one = full(adapter, vae, **config)
+        for direction, shapes in (("decode", decodes), ("encode", encodes)):
+            for shape in shapes:
+                found = told_and_counted(one, direction, (1, *shape), ranks)
+                assert 0.95 <= found <= 1.1, (vae.__name__, direction, shape, found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_same_for_small_ones(ranks: int) -> None:
+    for adapter, name, dtype in TINY:
+        one = tiny(adapter, name, dtype)
+        facts = one.facts()
+        for frames in (1, 6):
+            batch = 2 if "Wan" in name else 1  # untiled, HunyuanVideo 1.5 takes one clip
+            latent = (batch, facts.latent_channels, frames, 9, 7)
+            pictures = 1 + (frames - 1) * facts.temporal_ratio
+            picture = (1, 3, pictures, 9 * facts.spatial_ratio, 7 * facts.spatial_ratio)
+            for direction, shape in (("decode", latent), ("encode", picture)):
+                found = told_and_counted(one, direction, shape, ranks)
+                assert 0.9 <= found <= 1.15, (name, direction, shape, found)
