@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 WIDTH = 16
 """Of the text encoders."""
@@ -48,24 +56,60 @@ def t5_encoder(vocabulary: int, width: int = WIDTH) -> T5EncoderModel:
     ).eval()
 
 
+def byte_tokenizer(*special: str) -> Qwen2Tokenizer:
+    """Every byte is a token, and so are the special ones; the first of all is the padding."""
+    words = ["<|endoftext|>", *special, *sorted(ByteLevel.alphabet())]
+    return Qwen2Tokenizer(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[],
+        unk_token=words[0],
+        eos_token=words[0],
+        pad_token=words[0],
+        extra_special_tokens=list(special),
+        padding_side="right",
+        model_max_length=2048,
+    )
+
+
+_THIN: Mapping[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+"""The configuration of a VAE with few channels, whose tiling fires above 64 px."""
+
+
 def picture_vae(channels: int, shift: float | None = 0.1159) -> AutoencoderKL:
     """A thin VAE whose pictures use the whole range instead of one grey."""
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
+    vae = AutoencoderKL(
+        **_THIN,
         latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=64,
         scaling_factor=0.3611,
         shift_factor=shift,
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
-    with torch.no_grad():
-        sample = vae.decode(torch.randn(1, channels, 16, 16) / 0.3611 + (shift or 0.0)).sample
-        mean, gain = sample.mean((0, 2, 3)), 0.5 / sample.std((0, 2, 3))
-        last = vae.decoder.conv_out
-        last.weight.mul_(gain[:, None, None, None])
-        last.bias.sub_(mean).mul_(gain)
+    _spread(vae, torch.randn(1, channels, 16, 16) / 0.3611 + (shift or 0.0))
     return vae
+
+
+def packed_vae(channels: int) -> AutoencoderKLFlux2:
+    """The same for latents packed two by two; statistics of 0 and 1 would hide whether they are used."""
+    vae = AutoencoderKLFlux2(**_THIN, latent_channels=channels).eval()
+    torch.nn.init.normal_(vae.bn.running_mean, 0.0, 0.5)
+    torch.nn.init.uniform_(vae.bn.running_var, 4.0, 10.0)
+    _spread(vae, 2.6 * torch.randn(1, channels, 16, 16))
+    return vae
+
+
+@torch.no_grad()
+def _spread(vae: Any, latents: torch.Tensor) -> None:
+    """Scale the last convolution of a VAE so that what it makes of these latents is not of one grey."""
+    sample = vae.decode(latents).sample
+    mean, gain = sample.mean((0, 2, 3)), 0.5 / sample.std((0, 2, 3))
+    last = vae.decoder.conv_out
+    last.weight.mul_(gain[:, None, None, None])
+    last.bias.sub_(mean).mul_(gain)

@@ -58,16 +58,19 @@ def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: Pipeline
     return faults
 
 
-def dit_notices(dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntry | None) -> list[str]:
+def dit_notices(
+    dims: ParallelDims, call: Mapping[str, Any], folder: ModelFolder, entry: PipelineEntry | None
+) -> list[str]:
     """What is said of sizes that work and bring nothing.
 
     Args:
         dims: the sizes.
         call: the spec's `[call]`.
+        folder: the model.
         entry: the pipeline's entry, if there is one.
     """
     calls = entry.dit.calls if entry is not None and entry.dit is not None else None
-    if calls is None or dims.cfg == 1 or calls.paired(call):
+    if calls is None or dims.cfg == 1 or calls.pairs(call, folder.settings):
         return []
     why = "without guidance a step calls the transformer once, and every rank of a row runs that call"
     return [f"parallel.{KEYS['cfg']} takes no effect for [call]: {why}."]

@@ -186,10 +186,18 @@ class CallsPlan:
         latents: the argument of its forward that holds them; its first output has their shape and dtype.
         paired: whether a step makes two calls, read from the pipeline's keyword arguments as the user gave
             them; those left out are at the pipeline's defaults.
+        unguided: a setting in `model_index.json` that, where it is true, leaves steps with one call whatever
+            is asked for, as of a model that was distilled to need no guidance.
     """
 
     latents: str
     paired: Callable[[Mapping[str, Any]], bool]
+    unguided: str | None = None
+
+    def pairs(self, call: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+        """Whether a step of this call makes two calls, with a pipeline of these settings."""
+        distilled = self.unguided is not None and bool(settings.get(self.unguided))
+        return not distilled and self.paired(call)
 
 
 @attrs.frozen(kw_only=True)

@@ -236,7 +236,9 @@ class Executor:
         if own:
             self._enter("denoise")
             on_step = self._runner.progress("denoise")
-            with guided(transformers_of(self._pipe, self._plan), self._plan.calls, request.call):
+            calls = self._plan.calls
+            paired = calls is not None and calls.pairs(request.call, self._pipe.config)
+            with guided(transformers_of(self._pipe, self._plan), paired):
                 latents = stages.denoise(self._pipe, call, _generators(request, own), on_step)
         if self._keeper is not None:
             self._keeper.keep(latents, own, request)

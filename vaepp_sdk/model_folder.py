@@ -33,11 +33,13 @@ class ModelFolder:
         path: the folder.
         pipeline_class: the diffusers class that `model_index.json` names.
         components: the sub-folders it is made of.
+        settings: what else `model_index.json` says.
     """
 
     path: Path
     pipeline_class: str
     components: tuple[str, ...]
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
 
     def config(self, component: str) -> Mapping[str, Any]:
         """A component's `config.json`.
@@ -64,7 +66,8 @@ def open_model(model: ModelSpec) -> ModelFolder:
         raise _refused(found, "give a model whose pipeline is a class of diffusers or of a plugin")
     # A component is a pair [library, class]; a pair of nulls is one that this model leaves out.
     pairs = {key: value for key, value in index.items() if isinstance(value, list) and any(value)}
-    return ModelFolder(path, name, tuple(pairs))
+    settings = {key: value for key, value in index.items() if not isinstance(value, list)}
+    return ModelFolder(path, name, tuple(pairs), settings)
 
 
 def fetch_weights(model: ModelSpec, folder: ModelFolder) -> Path:

@@ -146,7 +146,7 @@ def resolve(
             *registry.problems,
             *_model_notices(spec, folder.pipeline_class, signature),
             *_whole_notices(spec, folder.pipeline_class, entry),
-            *([] if decode_only else dit_notices(dims, spec.call, entry)),
+            *([] if decode_only else dit_notices(dims, spec.call, folder, entry)),
             *_clip_notices(spec, folder.pipeline_class, entry),
             *decision.notices,
         ),

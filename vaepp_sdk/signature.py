@@ -141,6 +141,8 @@ def _signature(owner: str, arguments: ast.arguments) -> CallSignature:
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> Parameter:
     kind = _ANYTHING if argument.annotation is None else _kind(argument.annotation)
+    if argument.arg.endswith("_embeds"):
+        kind = ValueType()  # tensors, which some pipelines annotate as the text they are made from
     if isinstance(default, ast.Constant) and default.value is None:
         # Many pipelines write `prompt: str = None`.
         kind = attrs.evolve(kind, optional=True)

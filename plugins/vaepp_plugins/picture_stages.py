@@ -10,7 +10,7 @@ from PIL.Image import Image, fromarray
 
 from vaepp_sdk.stages import step_callback
 
-__all__ = ["LatentStages", "PictureStages", "as_image", "eight_bit", "for_each_prompt"]
+__all__ = ["LatentStages", "PictureStages", "as_image", "eight_bit", "for_each_prompt", "prompts_of"]
 
 
 class LatentStages:
@@ -67,6 +67,11 @@ def as_image(picture: torch.Tensor) -> Image:
     """A picture from its pixels, `(channels, rows, columns)`, uint8, in host memory."""
     pixels = picture.permute(1, 2, 0).numpy()
     return fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def prompts_of(call: Mapping[str, Any]) -> list[str]:
+    """A call's prompts, as a list of its own: some pipelines write into the list they are given."""
+    return [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
 
 
 def for_each_prompt(text: str | Sequence[str], prompts: Sequence[str]) -> list[str]:

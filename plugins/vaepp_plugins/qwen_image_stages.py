@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from vaepp_plugins.picture_stages import PictureStages, for_each_prompt
+from vaepp_plugins.picture_stages import PictureStages, for_each_prompt, prompts_of
 from vaepp_plugins.statistics import with_statistics
 
 __all__ = ["QwenImageStages"]
@@ -24,7 +24,7 @@ class QwenImageStages(PictureStages):
     @torch.no_grad()
     def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompts, once for each picture; guidance needs a scale above 1 and a negative prompt."""
-        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
+        prompts = prompts_of(call)
         embeds, mask = _encoded(pipe, prompts, call)
         encoded = {
             "prompt": None,

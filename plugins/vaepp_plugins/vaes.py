@@ -44,8 +44,6 @@ _SHARDED = (
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
-    "AutoencoderKLLTX2Video",
-    "AutoencoderKLLTXVideo",
     "AutoencoderKLQwenImage",
     "AutoencoderKLWan",
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vaepp_plugins.picture_stages import PictureStages, for_each_prompt
+from vaepp_plugins.picture_stages import PictureStages, for_each_prompt, prompts_of
 
 __all__ = ["ZImageStages"]
 
@@ -22,8 +22,7 @@ class ZImageStages(PictureStages):
     @torch.no_grad()
     def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompts; guidance is on for a scale above 0."""
-        # The pipeline writes its chat template into the list it is given, so it gets a copy.
-        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
+        prompts = prompts_of(call)
         negative = call.get("negative_prompt")
         if negative is not None:
             negative = for_each_prompt(negative, prompts)

@@ -68,7 +68,7 @@ def split_calls(rank: int) -> list[int]:
     model = SimpleNamespace(forward=CallSplit(forward, CALLS, Row.over(torch.distributed.group.WORLD)))
     split = model.forward
     with traffic() as seen:
-        with guided([model], CALLS, {"on": True}):
+        with guided([model], paired=True):
             for step in (1.0, 2.0):
                 latents = torch.arange(3.0) + step
                 first = split(latents, scale=2, return_dict=False)[0]
@@ -77,7 +77,7 @@ def split_calls(rank: int) -> list[int]:
                 assert torch.equal(first, latents * 2)
                 assert torch.equal(second, latents * 3)
         assert ran == [2 + rank] * 2
-        with guided([model], CALLS, {"on": False}):
+        with guided([model], paired=False):
             assert torch.equal(split(latents, 5).sample, latents * 5)
         assert ran.pop() == 5
     split.begin(True)

@@ -144,20 +144,19 @@ def _unfilled(latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def guided(models: Sequence[Any], plan: CallsPlan | None, call: Mapping[str, Any]) -> Iterator[None]:
+def guided(models: Sequence[Any], paired: bool) -> Iterator[None]:
     """Tell transformers what a request's steps are like, for as long as it is denoised.
 
     Args:
         models: the transformers.
-        plan: theirs, if each guidance branch has a call of its own.
-        call: the pipeline's keyword arguments, as the user gave them.
+        paired: whether each guidance branch has a call of its own.
 
     Raises:
         UnsupportedError: the steps were not as the plan says.
     """
     splits = [model.forward for model in models if isinstance(model.forward, CallSplit)]
     for split in splits:
-        split.begin(plan is not None and plan.paired(call))
+        split.begin(paired)
     yield
     for split in splits:
         split.end()

@@ -1,0 +1,129 @@
+"""The FLUX.2 family: FLUX.2 [dev], and FLUX.2 [klein] in its base and step-distilled forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vaepp_sdk import (
+    CallsPlan,
+    ChainPlan,
+    DiTPlan,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    TensorPlan,
+    hookimpl,
+)
+
+VAEPP_API = 1
+
+
+def _heads(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"])
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return _heads(config) * int(config["attention_head_dim"])
+
+
+def _feed_forward(config: Mapping[str, Any]) -> int:
+    return int(_width(config) * config["mlp_ratio"])
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return min(int(config["num_layers"]), int(config["num_single_layers"]))
+
+
+def _paired(call: Mapping[str, Any]) -> bool:
+    """Guidance is on for a scale above 1; the pipeline's default is 4."""
+    return float(call.get("guidance_scale", 4.0)) > 1
+
+
+def _gated(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What a feed-forward layer makes: gates and values, side by side."""
+    return (_feed_forward(config),) * 2
+
+
+def _fused(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What the first layer of a single-stream block makes: queries, keys, values, gates and values."""
+    return (_width(config),) * 3 + _gated(config)
+
+
+def _attention_and_feed_forward(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What the last layer of a single-stream block gets: the outputs of both, side by side."""
+    return _width(config), _feed_forward(config)
+
+
+KLEIN_CALLS = CallsPlan(latents="hidden_states", paired=_paired, unguided="is_distilled")
+"""FLUX.2 [klein] has guidance in its base form only."""
+
+_TENSOR = TensorPlan(
+    blocks=("transformer_blocks",),
+    colwise=(
+        *(f"attn.to_{kind}" for kind in "qkv"),
+        *(f"attn.add_{kind}_proj" for kind in "qkv"),
+        "ff.linear_in",
+        "ff_context.linear_in",
+    ),
+    rowwise=("attn.to_out.0", "attn.to_add_out", "ff.linear_out", "ff_context.linear_out"),
+    head_attributes=("attn.heads",),
+    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    packed={"ff.linear_in": _gated, "ff_context.linear_in": _gated},
+    further=(
+        TensorPlan(
+            blocks=("single_transformer_blocks",),
+            colwise=("attn.to_qkv_mlp_proj",),
+            rowwise=("attn.to_out",),
+            # The fused outputs are taken apart by these widths.
+            head_attributes=("attn.heads", "attn.inner_dim", "attn.mlp_hidden_dim"),
+            packed={"attn.to_qkv_mlp_proj": _fused, "attn.to_out": _attention_and_feed_forward},
+        ),
+    ),
+)
+
+_DOUBLE = ChainPlan(
+    blocks="transformer_blocks",
+    carried=("encoder_hidden_states", "hidden_states"),
+    batched=("hidden_states", "encoder_hidden_states", "temb_mod_img", "temb_mod_txt"),
+    sequence={"encoder_hidden_states": 1, "hidden_states": 1},
+    joined={"image_rotary_emb": 0},
+)
+
+_SINGLE = ChainPlan(
+    blocks="single_transformer_blocks",
+    carried=("hidden_states",),  # text and picture, one after the other
+    batched=("hidden_states", "temb_mod"),
+    sequence={"hidden_states": 1, "image_rotary_emb": 0},
+)
+
+
+def _dit(calls: CallsPlan | None) -> DiTPlan:
+    """All pipelines of the family have the same transformer; they differ in guidance."""
+    return DiTPlan(
+        component="transformer",
+        tensor=_TENSOR,
+        calls=calls,
+        sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=_heads),
+        pipeline=PipelinePlan(chain=_DOUBLE, layers=_layers, further=(_SINGLE,)),
+        data=True,
+    )
+
+
+def _entry(name: str, module: str, stages: str, dit: DiTPlan) -> PipelineEntry:
+    return PipelineEntry(
+        name=name,
+        module=f"diffusers.pipelines.flux2.{module}",
+        vae="AutoencoderKLFlux2",
+        strategies=("tile", "patch", "shard"),
+        stages=f"vaepp_plugins.flux2_stages:{stages}",
+        text_encoders=("text_encoder",),
+        dit=dit,
+    )
+
+
+@hookimpl
+def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
+    """Register the FLUX.2 pipelines."""
+    register(_entry("Flux2Pipeline", "pipeline_flux2", "Flux2Stages", _dit(calls=None)))
+    register(_entry("Flux2KleinPipeline", "pipeline_flux2_klein", "Flux2KleinStages", _dit(KLEIN_CALLS)))
