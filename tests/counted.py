@@ -15,10 +15,23 @@ from torch.distributed import distributed_c10d
 
 @attrs.define
 class Counted:
-    """What this rank sent: `(destination, bytes)` of each message, destination -1 for a broadcast."""
+    """What this rank sent: `(destination, bytes)` of each message, destination -1 for a broadcast.
+
+    Attributes:
+        sent: the messages.
+        direct: the tensors of all messages that are no broadcast, sent or received: while they are held, no
+            other tensor has their memory.
+        groups: process groups that were created.
+    """
 
     sent: list[tuple[int, int]] = attrs.field(factory=list)
+    direct: list[torch.Tensor] = attrs.field(factory=list)
     groups: int = 0
+
+    @property
+    def buffers(self) -> int:
+        """How many pieces of memory the messages were sent from or received in."""
+        return len({tensor.untyped_storage().data_ptr() for tensor in self.direct})
 
 
 @contextmanager
@@ -28,6 +41,7 @@ def counted() -> Iterator[Counted]:
     post, spread = dist.batch_isend_irecv, dist.broadcast
 
     def batch(operations: list[dist.P2POp]) -> Any:
+        seen.direct += [operation.tensor for operation in operations]
         sends = [operation for operation in operations if operation.op is dist.isend]
         recvs = [operation for operation in operations if operation.op is dist.irecv]
         storages = {recv.tensor.untyped_storage().data_ptr() for recv in recvs}

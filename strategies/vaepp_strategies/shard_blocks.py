@@ -106,7 +106,6 @@ class _Runner:
         halo = self.bands.carried(values)
         if halo is None:
             halo = self.bands.fetch(values, step.reach, name) if step else Halo(None, None)
-        above, below = halo.rows()
         axis = self.bands.axis
         across = (0, 0, 0, 1) if axis == -1 else (0, 1, 0, 0)
 
@@ -114,7 +113,7 @@ class _Runner:
             return convolve_rows(convolution, F.pad(strip, across) if pads else strip, axis)
 
         layer, factor = (_double, 2) if doubles else (unchanged, 1)
-        rows = Rows(band=values, axis=axis, above=above, below=below, layer=layer, factor=factor)
+        rows = Rows(band=values, axis=axis, halo=halo, layer=layer, factor=factor)
         return rows, convolve, window, self._length()
 
     def _length(self) -> int:
@@ -204,19 +203,17 @@ class _Runner:
         everyone, riding = bands.gather_with_rows(mine, stored, step.reach, "normalisation statistics")
         per_position = norm.num_channels // norm.num_groups
         counts = [area * per_position for area in bands.areas(stored, step.scale)]
-        above, below = self._beyond(values, riding)
+        halo = self._beyond(values, riding)
         layer = activated(norm, activation, *merge_moments(counts, everyone))
-        return Rows(band=values, axis=bands.axis, above=above, below=below, layer=layer)
+        return Rows(band=values, axis=bands.axis, halo=halo, layer=layer)
 
-    def _beyond(
-        self, values: torch.Tensor | Recomputed, riding: Halo
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _beyond(self, values: torch.Tensor | Recomputed, riding: Halo) -> Halo:
         """The neighbours' rows around a normalisation's input: given by an earlier layer, or just arrived."""
         if isinstance(values, torch.Tensor):
-            return (self.bands.carried(values) or riding).rows()
+            return self.bands.carried(values) or riding
         source = self.stage.source
         give = dict(self.plan.given).get(source.names[-1], NO_ROWS) if source else NO_ROWS
-        return values.beyond(give) if give else riding.rows()
+        return Halo(*values.beyond(give)) if give else riding
 
 
 def _scaled(values: torch.Tensor, block: Any) -> torch.Tensor:

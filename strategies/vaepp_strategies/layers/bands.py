@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vaepp_sdk.parallel.view import Pending, Recv, Send
+from vaepp_sdk.parallel.view import Recv, Send
+from vaepp_strategies.layers.buffers import Borrowed, Buffers, nbytes_of
 from vaepp_strategies.layers.exchange import Exchange
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import Reach
@@ -30,13 +31,15 @@ class Halo:
     Attributes:
         joined: the band and the nearest rows around it in one tensor, where a layer wrote them so: as many
             above as below, zeros beyond an edge of the picture. The band itself is then a view of it.
+        held: the buffers that the rows arrived in; they are used again once no halo holds them.
     """
 
     _above: torch.Tensor | None
     _below: torch.Tensor | None
-    _pending: Pending | None = None
+    _pending: Borrowed | None = None
     _maps: tuple[tuple[RowMap, RowMap], ...] = ()
     joined: torch.Tensor | None = None
+    held: Borrowed | None = None
 
     @property
     def arrived(self) -> bool:
@@ -53,7 +56,7 @@ class Halo:
         return attrs.evolve(self, maps=(*self._maps, (above, below or above)), joined=None)
 
     def rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The rows above and below, once they have arrived.
+        """The rows above and below, once they have arrived; to be read for as long as this halo lives.
 
         Raises:
             PeerError: a neighbour is gone, or did not answer in time.
@@ -81,6 +84,7 @@ class Bands(Exchange):
     exchanges: int
     _count: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
     _halos: WeakIdKeyDictionary = attrs.field(factory=WeakIdKeyDictionary, init=False)
+    _buffers: Buffers = attrs.field(factory=Buffers, init=False)
 
     @property
     def axis(self) -> int:
@@ -117,14 +121,20 @@ class Bands(Exchange):
             PeerError: a neighbour is gone.
         """
         self._tell()
-        above, below = self._empty_rows(tensor, reach)
-        sends = [Send(self._rows_for(tensor, peer, reach), peer) for peer in self._neighbours]
-        recvs = []
-        if above is not None:
-            recvs.append(Recv(above, self.group.rank - 1))
-        if below is not None:
-            recvs.append(Recv(below, self.group.rank + 1))
-        return Halo(above, below, self.group.post(sends, recvs, what))
+        borrowed = Borrowed(self._buffers)
+        sends, recvs = [], []
+        riding: dict[int, torch.Tensor] = {}
+        for peer in self._neighbours:
+            rows = self._rows_for(tensor, peer, reach)
+            message = borrowed.to_send(nbytes_of(rows.shape, rows.dtype), tensor)
+            _write(rows, message)
+            sends.append(Send(message, peer))
+            shape = self._riding(tensor, peer, reach)
+            found = borrowed.to_receive(nbytes_of(shape, tensor.dtype), tensor)
+            recvs.append(Recv(found, peer))
+            riding[peer] = found.view(tensor.dtype).view(shape)
+        borrowed.posted(self.group.post(sends, recvs, what))
+        return self._halo(riding, borrowed, arrived=False)
 
     def gather_with_rows(
         self, mine: torch.Tensor, tensor: torch.Tensor, reach: Reach, what: str
@@ -141,28 +151,31 @@ class Bands(Exchange):
             PeerError: a rank is gone, or did not answer in time.
         """
         self._tell()
-        head = _bytes(mine)
-        above, below = self._empty_rows(tensor, reach)
-        riding = {self.group.rank - 1: above, self.group.rank + 1: below}
-        sends, recvs = [], []
+        head, borrowed = _bytes(mine), Borrowed(self._buffers)
+        size = head.numel()
+        sends, found = [], {}
         for peer in range(self.ranks):
             if peer == self.group.rank:
                 continue
-            rows = _bytes(self._rows_for(tensor, peer, reach))
-            sends.append(Send(torch.cat([head, rows]), peer))
-            tail = riding.get(peer)
-            size = head.numel() + (0 if tail is None else _bytes(tail).numel())
-            recvs.append(Recv(head.new_empty(size), peer))
-        self.group.exchange(sends, recvs, what)
-        found = {recv.source: recv.tensor for recv in recvs}
-        for peer, tail in riding.items():
-            if tail is not None:
-                _bytes(tail).copy_(found[peer][head.numel() :])
+            rows = self._rows_for(tensor, peer, reach)
+            message = borrowed.to_send(size + nbytes_of(rows.shape, rows.dtype), tensor)
+            message[:size].copy_(head)
+            _write(rows, message[size:])
+            sends.append(Send(message, peer))
+            coming = nbytes_of(self._riding(tensor, peer, reach), tensor.dtype)
+            found[peer] = borrowed.to_receive(size + coming, tensor)
+        borrowed.posted(self.group.post(sends, [Recv(found[peer], peer) for peer in found], what))
+        borrowed.wait()
         everyone = [
-            mine if rank == self.group.rank else found[rank][: head.numel()].view(mine.dtype).view(mine.shape)
+            # A copy: they are small, and may be kept for longer than the rows.
+            mine if rank == self.group.rank else found[rank][:size].clone().view(mine.dtype).view(mine.shape)
             for rank in range(self.ranks)
         ]
-        return everyone, Halo(above, below)
+        riding = {
+            peer: found[peer][size:].view(tensor.dtype).view(self._riding(tensor, peer, reach))
+            for peer in self._neighbours
+        }
+        return everyone, self._halo(riding, borrowed, arrived=True)
 
     def gather_with_bands(
         self,
@@ -229,33 +242,31 @@ class Bands(Exchange):
     def _neighbours(self) -> list[int]:
         return [peer for peer in (self.group.rank - 1, self.group.rank + 1) if 0 <= peer < self.ranks]
 
-    def _empty_rows(
-        self, tensor: torch.Tensor, reach: Reach
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Room for the neighbours' rows; None at an edge of the picture, and where none are needed."""
+    def _halo(self, rows: Mapping[int, torch.Tensor], borrowed: Borrowed, *, arrived: bool) -> Halo:
+        """The neighbours' rows by rank; None at an edge of the picture, and where none are needed."""
+        above, below = rows.get(self.group.rank - 1), rows.get(self.group.rank + 1)
+        above, below = (None if part is None or not part.numel() else part for part in (above, below))
+        return Halo(above, below, None if arrived else borrowed, held=borrowed)
 
-        def room(peer: int, rows: int) -> torch.Tensor | None:
-            if not rows or peer not in self._neighbours:
-                return None
-            shape = list(tensor.shape)
-            shape[self.axis] = rows
-            return tensor.new_empty(shape)
-
-        return room(self.group.rank - 1, reach.above), room(self.group.rank + 1, reach.below)
+    def _riding(self, tensor: torch.Tensor, peer: int, reach: Reach) -> tuple[int, ...]:
+        """The shape of a peer's rows that this rank reads: none, unless it is a neighbour."""
+        shape = list(tensor.shape)
+        shape[self.axis] = {self.group.rank - 1: reach.above, self.group.rank + 1: reach.below}.get(peer, 0)
+        return tuple(shape)
 
     def _rows_for(self, tensor: torch.Tensor, peer: int, reach: Reach) -> torch.Tensor:
-        """A copy of the rows that a peer reads of this band: none, unless it is a neighbour."""
+        """The rows that a peer reads of this band: none, unless it is a neighbour."""
         length = tensor.shape[self.axis]
         if peer == self.group.rank - 1:
-            return _copy(tensor.narrow(self.axis, 0, reach.below))
+            return tensor.narrow(self.axis, 0, reach.below)
         if peer == self.group.rank + 1:
-            return _copy(tensor.narrow(self.axis, length - reach.above, reach.above))
-        return tensor.new_empty(0)
+            return tensor.narrow(self.axis, length - reach.above, reach.above)
+        return tensor.narrow(self.axis, 0, 0)
 
 
-def _copy(rows: torch.Tensor) -> torch.Tensor:
-    """Never a view: the band may be written to in place while its rows are under way."""
-    return rows.clone(memory_format=torch.contiguous_format)
+def _write(rows: torch.Tensor, message: torch.Tensor) -> None:
+    """Copy rows into a flat message: the band may be written to in place while they are under way."""
+    message.view(rows.dtype).view(rows.shape).copy_(rows)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,8 @@ def reference_rows(
         if known:
             above, below = bands.rows_around(values, scale, reach.above, reach.below)
         else:
-            above, below = bands.fetch(values, reach, name).rows()
+            halo = bands.fetch(values, reach, name)
+            above, below = halo.rows()
         result = convolve(_with_rows(values, above, below, axis, window))
         check.band(name, layer, own, values, (above, below), result, bands, scale)
         return result

@@ -8,6 +8,8 @@ from typing import Protocol
 import attrs
 import torch
 
+from vaepp_strategies.layers.bands import Halo
+
 __all__ = ["RowMap", "RowSource", "Rows", "read_rows", "row_count", "unchanged"]
 
 RowMap = Callable[[torch.Tensor], torch.Tensor]
@@ -53,7 +55,8 @@ class Rows:
     Attributes:
         band: what this rank holds, or makes again whenever it is read.
         axis: the axis of the rows: -2, or -1 where columns are split.
-        above: the neighbour's rows above the band; None at the picture's edge.
+        halo: holds the neighbours' rows around the band.
+        above: those above it; None at the picture's edge.
         below: those below it.
         layer: makes the input's rows of the band's, each row from its own.
         factor: rows that `layer` makes of one.
@@ -61,12 +64,17 @@ class Rows:
 
     band: torch.Tensor | RowSource
     axis: int
-    above: torch.Tensor | None = None
-    below: torch.Tensor | None = None
+    halo: Halo
+    above: torch.Tensor | None = attrs.field(init=False)
+    below: torch.Tensor | None = attrs.field(init=False)
     layer: RowMap = unchanged
     factor: int = 1
     _kept: torch.Tensor | None = attrs.field(default=None, init=False)
     _kept_end: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Wait for the neighbours' rows."""
+        self.above, self.below = self.halo.rows()
 
     def read(self, first: int, last: int) -> torch.Tensor:
         """The input's rows from `first` up to, not including, `last`; at least one lies in the picture."""
