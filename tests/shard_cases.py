@@ -54,6 +54,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype, width=8),
     "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype, width=8),
     "hunyuan": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo", dtype),
+    "ltx": lambda dtype, **config: clip_vae("AutoencoderKLLTXVideo", dtype, **config),
+    "ltx 2": lambda dtype, **config: clip_vae("AutoencoderKLLTX2Video", dtype, **config),
     "hunyuan 1.5": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo15", dtype),
 }
 
@@ -74,6 +76,7 @@ class Case:
     prepare: str = ""
     active: int | None = None
     options: Mapping[str, Any] = attrs.field(factory=dict)
+    arguments: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 def prepared(case: Case) -> tuple[Any, torch.Tensor]:
@@ -88,6 +91,13 @@ def prepared(case: Case) -> tuple[Any, torch.Tensor]:
     value = torch.randn(case.batch, channels, *clip, *case.sides)
     value = value + torch.linspace(-2, 3, case.sides[0]).view(-1, 1) + torch.linspace(-1, 2, case.sides[1])
     return vae, value.to(case.dtype)
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """What the VAE takes besides its input."""
+    if case.vae == "ltx" and case.direction == "decode":
+        return {"temb": torch.linspace(0.02, 0.3, case.batch, dtype=case.dtype)}
+    return dict(case.arguments)
 
 
 def whole(result: Any) -> Any:
@@ -111,11 +121,11 @@ class Expected:
 def expect(case: Case) -> Expected:
     vae, value = prepared(case)
     vae.disable_tiling()
-    untiled = whole(getattr(vae, case.direction)(value))
+    untiled = whole(getattr(vae, case.direction)(value, **arguments(case)))
     if case.dtype in RELATIVE:
         return Expected(untiled, None)
     vae = torch.nn.Module.to(vae, torch.float64)
-    return Expected(untiled, whole(getattr(vae, case.direction)(value.double())))
+    return Expected(untiled, whole(getattr(vae, case.direction)(value.double(), **arguments(case))))
 
 
 def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
     wrapped._group.progress = lambda done, total: told.append((done, total))
     wrapped._group.traffic.reset()
     with counted() as seen, patch.object(Buffers, "give", spoil):
-        result = whole(getattr(wrapped, case.direction)(value))
+        result = whole(getattr(wrapped, case.direction)(value, **arguments(case)))
     plan, traffic = wrapped.last_plan, wrapped._group.traffic
     slices = case.batch if case.prepare == "enable_slicing" else 1
     planned = Counter((move.dst, move.nbytes) for move in plan.moves * slices if move.src == rank)

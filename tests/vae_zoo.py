@@ -132,7 +132,7 @@ def AutoencoderKLLTXVideo() -> Any:
 
 
 @_zoo
-def AutoencoderKLLTX2Video() -> Any:
+def AutoencoderKLLTX2Video(**config: Any) -> Any:
     vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=4,
         block_out_channels=(8, 16, 32, 64),
@@ -142,6 +142,7 @@ def AutoencoderKLLTX2Video() -> Any:
         spatial_compression_ratio=32,
         temporal_compression_ratio=8,
         decoder_causal=False,
+        **config,
     )
     vae.enable_tiling(128, 128, 16, 96, 96, 8)
     vae.use_framewise_encoding = vae.use_framewise_decoding = True

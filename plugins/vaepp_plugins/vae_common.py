@@ -70,9 +70,15 @@ class Adapter(VaeAdapter):
         key = (direction, frames)
         if key not in self._traces:
             side = 8 if direction == "decode" else 8 * ratio
-            run = self.decode_window if direction == "decode" else self.encode_window
+            adapter = self.traced_adapter(direction)
+            run = adapter.decode_window if direction == "decode" else adapter.encode_window
             self._traces[key] = trace_layers(self.vae, run, (*front, side, side))
         return self._traces[key]
+
+    def traced_adapter(self, direction: Direction) -> Self:
+        """The adapter whose windows are traced, on the meta device: with the arguments it needs, if any."""
+        del direction
+        return self
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:
         """See `VaeAdapter.decode_window`."""

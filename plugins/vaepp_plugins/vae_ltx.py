@@ -47,6 +47,11 @@ class LTXVideoAdapter(Adapter):
             temporal_ratio=vae.temporal_compression_ratio,
             encode_unit=vae.spatial_compression_ratio,
             frames=FirstFrameAlone(vae.temporal_compression_ratio, whole=True),
+            clip_layers=self.clip_layers(
+                (config.latent_channels, config.in_channels),
+                vae.spatial_compression_ratio,
+                enough=(2, 1 + vae.temporal_compression_ratio),
+            ),
         )
 
     def _grid(self, direction: Direction) -> TileGrid:
@@ -74,6 +79,13 @@ class LTXVideoAdapter(Adapter):
             )
         adapter = copy.copy(self)
         adapter._arguments = dict(arguments)
+        return adapter
+
+    def traced_adapter(self, direction: Direction) -> Self:
+        """See `Adapter.traced_adapter`: with a timestep that has a shape alone."""
+        adapter = copy.copy(self)
+        timestep = torch.empty(1, device="meta", dtype=self.vae.dtype)
+        adapter._arguments = {"temb": timestep} if direction == "decode" else {}
         return adapter
 
     def decode_window(self, latent: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,8 @@ _SHARDED = (
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLLTX2Video",
+    "AutoencoderKLLTXVideo",
     "AutoencoderKLQwenImage",
     "AutoencoderKLWan",
 )

@@ -9,8 +9,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as hunyuan
 from diffusers.models.autoencoders import autoencoder_kl_hunyuanvideo15 as hunyuan15
+from diffusers.models.autoencoders import autoencoder_kl_ltx as ltx
+from diffusers.models.autoencoders import autoencoder_kl_ltx2 as ltx2
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from diffusers.models.embeddings import (
+    PixArtAlphaCombinedTimestepSizeEmbeddings,
+    TimestepEmbedding,
+    Timesteps,
+)
 from torch import nn
 
 from vaepp_strategies.layers.bands import Bands
@@ -34,7 +41,9 @@ def _check_convolution(layer: nn.Module) -> str | None:
     clip = clip_convolution(layer)
     own = clip.convolution
     (kernel, across), stride = own.kernel_size[1:], own.stride[1:]
-    if set(own.dilation) != {1} or own.padding_mode != "zeros":
+    # Padding that the layer in front of it does for it is read from that layer.
+    modes = ("zeros", "reflect") if clip.further == "causal" else ("zeros",)
+    if set(own.dilation) != {1} or own.padding_mode not in modes:
         return f"its dilation is {own.dilation} and its padding mode {own.padding_mode!r}"
     square = kernel == across and len(set(stride)) == 1 and set(clip.space) == {kernel // 2}
     if not square or kernel % 2 == 0 or stride[0] > min(2, kernel):
@@ -69,6 +78,16 @@ def _check_mid_block(layer: Any) -> str | None:
     return None
 
 
+def _check_layer_norm(layer: nn.LayerNorm) -> str | None:
+    """Over the last axis it works on single positions, where clips have their channels last."""
+    shape = layer.normalized_shape
+    return None if len(shape) == 1 else f"it normalises over {len(shape)} axes"
+
+
+def _check_channel_norm(layer: Any) -> str | None:
+    return None if layer.channel_dim == 1 else f"it normalises over axis {layer.channel_dim}"
+
+
 def _good(layer: nn.Module) -> str | None:
     del layer
     return None
@@ -90,6 +109,18 @@ SHARD_CLIP_LAYERS: Mapping[type[nn.Module], Check] = {
     **dict.fromkeys((hunyuan15.HunyuanVideo15Upsample, hunyuan15.HunyuanVideo15Downsample), _good),
     **dict.fromkeys((hunyuan15.HunyuanVideo15Encoder3D, hunyuan15.HunyuanVideo15Decoder3D), _good),
     hunyuan15.HunyuanVideo15RMS_norm: _good,
+    nn.LayerNorm: _check_layer_norm,
+    nn.Linear: _good,  # over the last axis, as the one above
+    **dict.fromkeys((ltx.LTXVideoEncoder3d, ltx.LTXVideoDecoder3d, ltx.LTXVideoResnetBlock3d), _good),
+    **dict.fromkeys((ltx.LTXVideoMidBlock3d, ltx.LTXVideoUpBlock3d, ltx.LTXVideoDownBlock3D), _good),
+    **dict.fromkeys((ltx.LTXVideo095DownBlock3D, ltx.LTXVideoUpsampler3d), _good),
+    ltx.LTXVideoDownsampler3d: _good,
+    **dict.fromkeys((ltx2.LTX2VideoEncoder3d, ltx2.LTX2VideoDecoder3d, ltx2.LTX2VideoResnetBlock3d), _good),
+    **dict.fromkeys((ltx2.LTX2VideoMidBlock3d, ltx2.LTX2VideoUpBlock3d, ltx2.LTX2VideoDownBlock3D), _good),
+    **dict.fromkeys((ltx2.LTX2VideoUpsampler3d, ltx2.LTX2VideoDownsampler3d), _good),
+    ltx2.PerChannelRMSNorm: _check_channel_norm,
+    # They work on a timestep, which is every rank's.
+    **dict.fromkeys((PixArtAlphaCombinedTimestepSizeEmbeddings, TimestepEmbedding, Timesteps), _good),
 }
 """Layers known to work on a band of a clip, each with its check."""
 

@@ -15,7 +15,8 @@ from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Parts
-from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, MASKED_ATTENTION
+from vaepp_strategies.layers.reach import SHORT_BAND
+from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, HOLDING_CONVOLUTIONS, MASKED_ATTENTION
 from vaepp_strategies.shard_steps import ShardSteps
 from vaepp_strategies.tile_geometry import Span
 
@@ -48,9 +49,10 @@ class ClipMemory:
 
     def peak(self, rank: int) -> int:
         """The most bytes alive on an active rank, weights and the input itself excluded."""
-        area = self.parts.parts[rank].length * self._across
+        length = self.parts.parts[rank].length
+        area = length * self._across
         frames = {span.length for span in self.times} or {self.work.shape[2]}
-        values = max(self._window(count, area) for count in frames)
+        values = max(self._window(count, length) for count in frames)
         piece = sum(self._out(span.out, area) for span in self.times) or self._out(
             self.facts.out_frames(self.work.direction, self.work.shape[2]), area
         )
@@ -71,16 +73,16 @@ class ClipMemory:
         scale = ratio**2 if self.work.direction == "decode" else 1 / ratio**2
         return self.facts.out_channels(self.work.direction) * frames * area * scale
 
-    def _window(self, frames: int, area: int) -> float:
+    def _window(self, frames: int, length: int) -> float:
         """Values alive at the peak of one window of frames, or of a whole clip."""
         direction, layers = self.work.direction, self.facts.clip_layers
         assert layers is not None, "the layers are known"
         enough, chunk = layers.frames(direction)
-        traced = min(frames, enough) if chunk else frames
-        trace = layers.trace(direction, traced)
+        traced = frames if not chunk or frames < enough else enough + (frames - enough) % chunk
+        trace, area = layers.trace(direction, traced), length * self._across
         share = area / math.prod(trace.in_shape[-2:])
         alone = len(self.parts.parts) == 1
-        values = share * (trace.peak if alone else _on_band(trace))
+        values = share * (trace.peak if alone else _on_band(trace, length))
         if alone:
             values = max(values, _masks(trace, share))
         later = frames - traced
@@ -110,8 +112,13 @@ def _ready(trace: LayerTrace) -> int:
     return next(call.before for call in outer if call.name == largest.name)
 
 
-def _on_band(trace: LayerTrace) -> int:
-    """The peak where interpolation does not hold its input's copies while it convolves."""
+def _on_band(trace: LayerTrace, length: int) -> int:
+    """The peak where layers hold fewer copies on a band than in their own code.
+
+    Args:
+        trace: the layers.
+        length: the band's rows of the input.
+    """
     inside = defaultdict(list)
     for index, call in enumerate(trace.calls):
         inside[call.inside].append(index)
@@ -119,6 +126,8 @@ def _on_band(trace: LayerTrace) -> int:
     def peak(index: int, own: int) -> int:
         if index >= 0 and trace.calls[index].kind in CLIP_INTERPOLATING:
             return _interpolation(trace, index)
+        if index >= 0 and trace.calls[index].kind in HOLDING_CONVOLUTIONS:
+            return _convolution(trace, index, length)
         inner = [peak(at, trace.calls[at].peak) for at in inside[index]]
         # What it runs itself shows where it holds more than any layer that it calls.
         itself = own > max((trace.calls[at].peak for at in inside[index]), default=0)
@@ -133,6 +142,14 @@ def _interpolation(trace: LayerTrace, index: int) -> int:
     source, large = math.prod(call.in_shape), math.prod(padding.in_shape)
     convolving = math.prod(convolution.in_shape) + math.prod(call.out_shape)
     return call.before + large + max(convolving, source + large)
+
+
+def _convolution(trace: LayerTrace, index: int, length: int) -> int:
+    """The peak of a convolution that pads in front of another; a short band is copied once."""
+    call, inner = trace.calls[index : index + 2]
+    if length * call.in_shape[-2] > SHORT_BAND * trace.in_shape[-2]:
+        return call.peak
+    return call.before + math.prod(inner.in_shape) + math.prod(call.out_shape)
 
 
 def _masks(trace: LayerTrace, share: float) -> float:

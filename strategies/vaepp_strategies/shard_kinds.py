@@ -9,6 +9,7 @@ __all__ = [
     "CLIP_INTERPOLATING",
     "COVERING",
     "GIVERS",
+    "HOLDING_CONVOLUTIONS",
     "INTERPOLATING",
     "MASKED_ATTENTION",
     "PADS",
@@ -16,10 +17,15 @@ __all__ = [
     "UPSAMPLES",
 ]
 
-_HOLDING_CONVOLUTIONS = ("HunyuanVideo15CausalConv3d", "HunyuanVideoCausalConv3d")
+HOLDING_CONVOLUTIONS = (
+    "HunyuanVideo15CausalConv3d",
+    "HunyuanVideoCausalConv3d",
+    "LTX2VideoCausalConv3d",
+    "LTXVideoCausalConv3d",
+)
 """Those that keep the convolution itself in a layer of their own."""
 
-CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d", *_HOLDING_CONVOLUTIONS)
+CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d", *HOLDING_CONVOLUTIONS)
 """Convolutions over frames, rows and columns, padded by half their kernel along rows and columns."""
 
 CLIP_INTERPOLATING = ("HunyuanVideoUpsampleCausal3D",)
@@ -51,6 +57,6 @@ COVERING: Mapping[str, tuple[str, ...]] = {
     "Downsample2D": (),
     "HunyuanImageAttentionBlock": (),
     "SanaMultiscaleLinearAttention": ("Conv2d",),
-    **dict.fromkeys((*POSITION_ATTENTION, *_HOLDING_CONVOLUTIONS), ()),
+    **dict.fromkeys((*POSITION_ATTENTION, *HOLDING_CONVOLUTIONS), ()),
 }
 """Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""

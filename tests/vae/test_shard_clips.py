@@ -16,6 +16,8 @@ from vaepp_sdk.testing import run_ranks
 BF16, F64 = torch.bfloat16, torch.float64
 E: Literal["encode"] = "encode"
 
+MIRRORED = {"decoder_spatial_padding_mode": "reflect"}
+
 # Pictures of one frame, clips of several chunks, fewer rows than ranks, columns longer than rows, odd sides.
 CASES = [
     Case((6, 5), 1, vae="wan", dtype=F64),
@@ -41,6 +43,19 @@ CASES = [
     Case((3, 4), 3, vae="hunyuan 1.5", dtype=F64),
     Case((4, 3), 2, vae="hunyuan 1.5", dtype=BF16),
     Case((48, 80), 5, vae="hunyuan 1.5", direction=E, batch=2, prepare="enable_slicing"),
+    Case((5, 3), 2, vae="ltx", batch=2),  # normalises in float32: float64 gains nothing
+    Case((4, 7), 3, vae="ltx", dtype=BF16, output="rank0"),
+    Case((160, 96), 17, vae="ltx", direction=E),
+    Case((4, 6), 4, vae="ltx 2", dtype=F64, arguments={"causal": True}),
+    Case((96, 160), 33, vae="ltx 2", direction=E, dtype=F64, output="sharded"),  # windows of frames
+    Case((5, 2), 2, vae="ltx 2", dtype=F64, build=MIRRORED),
+    Case((3, 4), 3, vae="ltx 2", batch=2, build=MIRRORED),
+    Case((64, 96), 9, vae="ltx 2", direction=E, dtype=BF16, arguments={"causal": False}),
+]
+LONG = [  # bands whose rows travel while they are convolved
+    Case((33, 2), 2, vae="wan", dtype=F64),
+    Case((33, 2), 2, vae="hunyuan", dtype=F64),
+    Case((33, 2), 2, vae="ltx 2", dtype=F64, build=MIRRORED),
 ]
 PART = [
     Case((7, 3), 2, vae="wan", size=2, active=2),
@@ -48,7 +63,9 @@ PART = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES[::2]), (3, CASES[::3]), (4, CASES[1::2] + PART)])
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, CASES[::2] + LONG), (3, CASES[::3]), (4, CASES[1::2] + PART)]
+)
 def test_the_result_is_the_untiled_one_up_to_rounding(world_size: int, cases: list[Case]) -> None:
     check_cases(world_size, cases)
 

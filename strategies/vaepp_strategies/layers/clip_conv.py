@@ -6,13 +6,15 @@ Where a class hands a layer its last frames again, their rows at the seams are k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
@@ -21,12 +23,9 @@ from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.clip_room import PadMode, surrounded
 from vaepp_strategies.layers.conv import convolve_band, last_rows
 from vaepp_strategies.layers.joined import nearest_rows
-from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
+from vaepp_strategies.layers.reach import NO_ROWS, SHORT_BAND, Reach, Window
 
-__all__ = ["CLIP_LAYERS", "SHORT_BAND", "ClipConvolution", "band_clip_convolution", "clip_convolution"]
-
-SHORT_BAND = 128
-"""The most rows of a band that waits for its neighbours': of a longer one, two computed twice are 1.6 %."""
+__all__ = ["CLIP_LAYERS", "ClipConvolution", "band_clip_convolution", "clip_convolution"]
 
 
 @attrs.frozen(eq=False)
@@ -36,11 +35,11 @@ class ClipConvolution:
     Attributes:
         convolution: holds the weights.
         space: rows, and columns, of padding on each side.
-        space_mode: zeros or copies of the edge.
+        space_mode: zeros, copies of the edge, or the rows and columns mirrored at it.
         time: frames of padding before the first one and after the last one. Earlier frames that the layer is
             given take the place of those before.
         time_mode: zeros, or copies of the first and the last frame.
-        caches: whether the class gives it earlier frames.
+        further: what the class gives it besides the clip: nothing, earlier frames, or whether it is causal.
     """
 
     convolution: nn.Conv3d
@@ -48,7 +47,12 @@ class ClipConvolution:
     space_mode: PadMode
     time: tuple[int, int]
     time_mode: PadMode
-    caches: bool = False
+    further: Literal["nothing", "earlier", "causal"] = "nothing"
+
+    def causal(self, causal: bool) -> ClipConvolution:
+        """The same with all frames of padding before the first one, or half of them after the last one."""
+        frames = sum(self.time)
+        return attrs.evolve(self, time=(frames, 0) if causal else (frames // 2, frames // 2))
 
     def window(self, axis: int) -> Window:
         """How it works along an axis, -2 or -1."""
@@ -123,7 +127,7 @@ def _plain(layer: nn.Conv3d) -> ClipConvolution:
 def _cached(layer: Any) -> ClipConvolution:
     """Zeros in time and space, unless the frames before are given."""
     columns, _, rows, _, before, after = layer._padding
-    return ClipConvolution(layer, (rows, columns), "constant", (before, after), "constant", caches=True)
+    return ClipConvolution(layer, (rows, columns), "constant", (before, after), "constant", "earlier")
 
 
 def _holding(layer: Any) -> ClipConvolution:
@@ -132,10 +136,30 @@ def _holding(layer: Any) -> ClipConvolution:
     return ClipConvolution(layer.conv, (rows, columns), layer.pad_mode, (before, after), layer.pad_mode)
 
 
+def _repeating(layer: Any) -> ClipConvolution:
+    """Copies of the first frame, and of the last one too where it is not causal; zeros in space."""
+    frames = layer.kernel_size[0] - 1
+    time = (frames, 0) if layer.is_causal else (frames // 2, frames // 2)
+    _, rows, columns = layer.conv.padding
+    return ClipConvolution(layer.conv, (rows, columns), "constant", time, "replicate")
+
+
+def _told(layer: Any) -> ClipConvolution:
+    """As `_repeating`, but each call says whether it is causal."""
+    _, rows, columns = layer.conv.padding
+    modes: dict[str, PadMode] = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
+    mode = modes[layer.conv.padding_mode]
+    return ClipConvolution(
+        layer.conv, (rows, columns), mode, (layer.kernel_size[0] - 1, 0), "replicate", "causal"
+    )
+
+
 CLIP_LAYERS: Mapping[type[nn.Module], Callable[[Any], ClipConvolution]] = {
     nn.Conv3d: _plain,
     HunyuanVideo15CausalConv3d: _holding,
     HunyuanVideoCausalConv3d: _holding,
+    LTX2VideoCausalConv3d: _told,
+    LTXVideoCausalConv3d: _repeating,
     QwenImageCausalConv3d: _cached,
     WanCausalConv3d: _cached,
 }
@@ -188,18 +212,21 @@ def band_clip_convolution(
         name: names the exchange in errors.
         give: rows beyond the band that a later layer reads of its output.
     """
-    clip, axis = clip_convolution(layer), bands.axis
-    window, own = clip.window(axis), type(layer).forward
-    keep = clip.time[0] if clip.caches else 0
+    plain, axis = clip_convolution(layer), bands.axis
+    window, own = plain.window(axis), type(layer).forward
+    keep = plain.time[0] if plain.further == "earlier" else 0
     above, below = _Memory(keep), _Memory(keep)
 
-    def forward(values: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(values: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, window.reach + give, name)
+        further = next(iter((*args, *named.values())), None)
+        earlier = further if plain.further == "earlier" else None
+        clip = plain.causal(further is not False) if plain.further == "causal" else plain
         above.take = below.take = frames = 0 if earlier is None else earlier.shape[2]
         halo = halo.mapped(above.joined, below.joined)
 
         def whole(band: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = own(layer, band) if earlier is None else own(layer, band, earlier)
+            result: torch.Tensor = own(layer, band, *args, **named)
             return result
 
         def rows(strip: torch.Tensor) -> torch.Tensor:

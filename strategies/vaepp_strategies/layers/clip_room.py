@@ -9,8 +9,8 @@ import torch
 
 __all__ = ["PadMode", "surrounded"]
 
-PadMode = Literal["constant", "replicate"]
-"""Zeros, or copies of the edge."""
+PadMode = Literal["constant", "replicate", "reflect"]
+"""Zeros, copies of the edge, or what stands behind the edge, mirrored."""
 
 Pair = tuple[int, int]
 
@@ -63,9 +63,14 @@ def _pad(room: torch.Tensor, axis: int, counts: Pair, mode: PadMode) -> None:
     """Write the first and the last places along an axis."""
     before, after = counts
     length = room.shape[axis]
-    for start, count, edge in ((0, before, before), (length - after, after, length - after - 1)):
+    for start, count, edge, inner in (
+        (0, before, before, before + 1),
+        (length - after, after, length - after - 1, length - 2 * after - 1),
+    ):
         place = room.narrow(axis, start, count)
         if mode == "constant":
             place.zero_()
+        elif mode == "reflect":
+            place.copy_(room.narrow(axis, inner, count).flip(axis))
         else:
             place.copy_(room.narrow(axis, edge, 1).expand_as(place))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["DOWNSAMPLE_WINDOW", "NO_ROWS", "Reach", "Window", "rows_before"]
+__all__ = ["DOWNSAMPLE_WINDOW", "NO_ROWS", "SHORT_BAND", "Reach", "Window", "rows_before"]
 
 
 @attrs.frozen
@@ -26,6 +26,9 @@ class Reach:
 
 
 NO_ROWS = Reach()
+
+SHORT_BAND = 128
+"""The most rows of a clip's band that waits for its neighbours': two of more, computed twice, are 1.6 %."""
 
 
 @attrs.frozen
