@@ -53,12 +53,8 @@ class ClipMemory:
         area = length * self._across
         frames = {span.length for span in self.times} or {self.work.shape[2]}
         values = max(self._window(count, length) for count in frames)
-        piece = sum(self._out(span.out, area) for span in self.times) or self._out(
-            self.facts.out_frames(self.work.direction, self.work.shape[2]), area
-        )
-        if self.times:
-            values += piece  # what earlier windows gave
-        values = max(values, 2 * piece)  # frames that are joined, or clamped
+        before, joining = self._joining()
+        values = max(values + self._out(before, area), self._out(joining, area))
         if len(self.parts.parts) > 1:
             values += self.work.shape[1] * max(frames) * area + self._rows()
         return self.work.shape[0] * int(values) * self.work.itemsize
@@ -66,6 +62,17 @@ class ClipMemory:
     @property
     def _across(self) -> int:
         return self.work.shape[-1 if self.parts.axis == -2 else -2]
+
+    def _joining(self) -> tuple[int, int]:
+        """Output frames held beside the last window, and while all are joined, or a whole clip is clamped."""
+        frames = [
+            self.facts.out_frames(self.work.direction, span.length) for span in self.times
+        ]  # more than are kept
+        kept = [span.kept for span in self.times]
+        if not frames:
+            return 0, 2 * self.facts.out_frames(self.work.direction, self.work.shape[2])
+        before = sum(kept[:-1]) + frames[-2] if len(kept) > 1 else 0
+        return before, 2 * sum(kept) + frames[-1]
 
     def _out(self, frames: int, area: int) -> float:
         """Values of some frames of a band's output."""
