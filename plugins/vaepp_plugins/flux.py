@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, shorter_list, truly_guided, width
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -18,53 +19,30 @@ from vaepp_sdk import (
 
 VAEPP_API = 1
 
-_RATIO = 4
-"""How much wider the feed-forward layers are than the model."""
-
-
-def _heads(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"])
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    return _heads(config) * int(config["attention_head_dim"])
-
-
-def _feed_forward(config: Mapping[str, Any]) -> int:
-    return _RATIO * _width(config)
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return min(int(config["num_layers"]), int(config["num_single_layers"]))
-
 
 def _attention_and_feed_forward(config: Mapping[str, Any]) -> tuple[int, ...]:
     """What the last layer of a single-stream block gets: the outputs of both, side by side."""
-    return _width(config), _feed_forward(config)
+    return width(config), four_widths(config)
 
 
-def _paired(call: Mapping[str, Any]) -> bool:
-    """True guidance is on for a scale above 1, the default, and a negative prompt."""
-    return call.get("negative_prompt") is not None and call.get("true_cfg_scale", 1.0) > 1
-
-
-_QKV = tuple(f"attn.to_{kind}" for kind in "qkv")
+CALLS = CallsPlan(latents="hidden_states", paired=lambda call: truly_guided(call, 1.0))
+"""A scale alone, which is an input of the model, needs no second call."""
 
 _TENSOR = TensorPlan(
     blocks=("transformer_blocks",),
     colwise=(
-        *_QKV,
-        *(f"attn.add_{kind}_proj" for kind in "qkv"),
+        *QKV,
+        *TEXT_QKV,
         "ff.net.0.proj",
         "ff_context.net.0.proj",
     ),
     rowwise=("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"),
     head_attributes=("attn.heads",),
-    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    widths={"attention heads": heads, "feed-forward width": four_widths},
     further=(
         TensorPlan(
             blocks=("single_transformer_blocks",),
-            colwise=(*_QKV, "proj_mlp"),
+            colwise=(*QKV, "proj_mlp"),
             rowwise=("proj_out",),
             head_attributes=("attn.heads",),
             packed={"proj_out": _attention_and_feed_forward},
@@ -102,9 +80,9 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             dit=DiTPlan(
                 component="transformer",
                 tensor=_TENSOR,
-                calls=CallsPlan(latents="hidden_states", paired=_paired),
-                sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=_heads),
-                pipeline=PipelinePlan(chain=_DOUBLE, layers=_layers, further=(_SINGLE,)),
+                calls=CALLS,
+                sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=heads),
+                pipeline=PipelinePlan(chain=_DOUBLE, layers=shorter_list, further=(_SINGLE,)),
                 data=True,
             ),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vaepp_plugins.plan_rules import QKV, TEXT_QKV, guided, heads, shorter_list, width
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -19,25 +20,8 @@ from vaepp_sdk import (
 VAEPP_API = 1
 
 
-def _heads(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"])
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    return _heads(config) * int(config["attention_head_dim"])
-
-
 def _feed_forward(config: Mapping[str, Any]) -> int:
-    return int(_width(config) * config["mlp_ratio"])
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return min(int(config["num_layers"]), int(config["num_single_layers"]))
-
-
-def _paired(call: Mapping[str, Any]) -> bool:
-    """Guidance is on for a scale above 1; the pipeline's default is 4."""
-    return float(call.get("guidance_scale", 4.0)) > 1
+    return int(width(config) * config["mlp_ratio"])
 
 
 def _gated(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -47,28 +31,30 @@ def _gated(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _fused(config: Mapping[str, Any]) -> tuple[int, ...]:
     """What the first layer of a single-stream block makes: queries, keys, values, gates and values."""
-    return (_width(config),) * 3 + _gated(config)
+    return (width(config),) * 3 + _gated(config)
 
 
 def _attention_and_feed_forward(config: Mapping[str, Any]) -> tuple[int, ...]:
     """What the last layer of a single-stream block gets: the outputs of both, side by side."""
-    return _width(config), _feed_forward(config)
+    return width(config), _feed_forward(config)
 
 
-KLEIN_CALLS = CallsPlan(latents="hidden_states", paired=_paired, unguided="is_distilled")
+KLEIN_CALLS = CallsPlan(
+    latents="hidden_states", paired=lambda call: guided(call, 4.0), unguided="is_distilled"
+)
 """FLUX.2 [klein] has guidance in its base form only."""
 
 _TENSOR = TensorPlan(
     blocks=("transformer_blocks",),
     colwise=(
-        *(f"attn.to_{kind}" for kind in "qkv"),
-        *(f"attn.add_{kind}_proj" for kind in "qkv"),
+        *QKV,
+        *TEXT_QKV,
         "ff.linear_in",
         "ff_context.linear_in",
     ),
     rowwise=("attn.to_out.0", "attn.to_add_out", "ff.linear_out", "ff_context.linear_out"),
     head_attributes=("attn.heads",),
-    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    widths={"attention heads": heads, "feed-forward width": _feed_forward},
     packed={"ff.linear_in": _gated, "ff_context.linear_in": _gated},
     further=(
         TensorPlan(
@@ -104,8 +90,8 @@ def _dit(calls: CallsPlan | None) -> DiTPlan:
         component="transformer",
         tensor=_TENSOR,
         calls=calls,
-        sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=_heads),
-        pipeline=PipelinePlan(chain=_DOUBLE, layers=_layers, further=(_SINGLE,)),
+        sequence=SequencePlan(chains=(_DOUBLE, _SINGLE), heads=heads),
+        pipeline=PipelinePlan(chain=_DOUBLE, layers=shorter_list, further=(_SINGLE,)),
         data=True,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vaepp_plugins.flux import CALLS
 from vaepp_plugins.picture_stages import PictureStages, for_each_prompt
 
 __all__ = ["FluxStages"]
@@ -30,10 +31,9 @@ class FluxStages(PictureStages):
             "pooled_prompt_embeds": pooled,
             "num_images_per_prompt": 1,  # the embeddings above are repeated already
         }
-        negative = call.get("negative_prompt")
-        if negative is None or call.get("true_cfg_scale", 1.0) <= 1:
+        if not CALLS.paired(call):
             return encoded
-        negatives = for_each_prompt(negative, prompts)
+        negatives = for_each_prompt(call["negative_prompt"], prompts)
         second = call.get("negative_prompt_2")
         embeds, pooled = _encoded(
             pipe, negatives, None if second is None else for_each_prompt(second, prompts), call

@@ -9,13 +9,13 @@ import torch
 from PIL.Image import Image
 
 from vaepp_plugins.picture_stages import PictureStages, for_each_prompt, prompts_of
+from vaepp_plugins.qwen_image import CALLS
 from vaepp_plugins.statistics import with_statistics
 
 __all__ = ["QwenImageStages"]
 
-_GUIDANCE_SCALE = 4.0
 _MAX_SEQUENCE_LENGTH = 512
-"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+"""The default of the pipeline's `__call__`, for what a call leaves out."""
 
 
 class QwenImageStages(PictureStages):
@@ -32,10 +32,9 @@ class QwenImageStages(PictureStages):
             "prompt_embeds_mask": mask,
             "num_images_per_prompt": 1,
         }
-        negative = call.get("negative_prompt")
-        if negative is None or call.get("true_cfg_scale", _GUIDANCE_SCALE) <= 1:
+        if not CALLS.paired(call):
             return encoded
-        negatives = for_each_prompt(negative, prompts)
+        negatives = for_each_prompt(call["negative_prompt"], prompts)
         embeds, mask = _encoded(pipe, negatives, call)
         return encoded | {
             "negative_prompt": None,

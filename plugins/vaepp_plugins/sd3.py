@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, layers
 from vaepp_sdk import (
     BatchPlan,
     ChainPlan,
@@ -19,32 +19,20 @@ from vaepp_sdk import (
 VAEPP_API = 1
 
 
-def _heads(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"])
-
-
-def _feed_forward(config: Mapping[str, Any]) -> int:
-    return 4 * _heads(config) * int(config["attention_head_dim"])
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return int(config["num_layers"])
-
-
 _SECOND = tuple(f"attn2.to_{kind}" for kind in "qkv")
 
 _TENSOR = TensorPlan(
     blocks=("transformer_blocks",),
     colwise=(
-        *(f"attn.to_{kind}" for kind in "qkv"),
-        *(f"attn.add_{kind}_proj" for kind in "qkv"),
+        *QKV,
+        *TEXT_QKV,
         *_SECOND,
         "ff.net.0.proj",
         "ff_context.net.0.proj",
     ),
     rowwise=("attn.to_out.0", "attn.to_add_out", "attn2.to_out.0", "ff.net.2", "ff_context.net.2"),
     head_attributes=("attn.heads", "attn2.heads"),
-    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    widths={"attention heads": heads, "feed-forward width": four_widths},
     # Some blocks attend to the picture a second time; the last one makes nothing of the text.
     optional=(
         *_SECOND,
@@ -83,8 +71,8 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 batch=BatchPlan(
                     arguments=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
                 ),
-                sequence=SequencePlan(chains=(_BLOCKS,), heads=_heads),
-                pipeline=PipelinePlan(chain=_BLOCKS, layers=_layers),
+                sequence=SequencePlan(chains=(_BLOCKS,), heads=heads),
+                pipeline=PipelinePlan(chain=_BLOCKS, layers=layers),
                 data=True,
                 # It counts blocks, and a list that is spread is called as one.
                 excludes={"skip_guidance_layers": ("pipeline", "ring", "ulysses")},

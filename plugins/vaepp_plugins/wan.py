@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vaepp_plugins.plan_rules import guided, heads, layers
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -19,23 +20,11 @@ from vaepp_sdk import (
 VAEPP_API = 1
 
 
-def _heads(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"])
-
-
 def _feed_forward(config: Mapping[str, Any]) -> int:
     return int(config["ffn_dim"])
 
 
-def _layers(config: Mapping[str, Any]) -> int:
-    return int(config["num_layers"])
-
-
-def _paired(call: Mapping[str, Any]) -> bool:
-    """Guidance is on for a scale above 1; the pipeline's default is 5."""
-    scale = call.get("guidance_scale")
-    return scale is None or scale > 1
-
+CALLS = CallsPlan(latents="hidden_states", paired=lambda call: guided(call, 5.0))
 
 _TENSOR = TensorPlan(
     blocks=("blocks",),
@@ -47,7 +36,7 @@ _TENSOR = TensorPlan(
     # Queries and keys are normalised over all heads at once.
     norms=tuple(f"attn{one}.norm_{kind}" for one in (1, 2) for kind in "qk"),
     head_attributes=("attn1.heads", "attn2.heads"),
-    widths={"attention heads": _heads, "feed-forward width": _feed_forward},
+    widths={"attention heads": heads, "feed-forward width": _feed_forward},
 )
 
 _BLOCKS = ChainPlan(
@@ -74,9 +63,9 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 component="transformer",
                 others=("transformer_2",),
                 tensor=_TENSOR,
-                calls=CallsPlan(latents="hidden_states", paired=_paired),
-                sequence=SequencePlan(chains=(_BLOCKS,), heads=_heads),
-                pipeline=PipelinePlan(chain=_BLOCKS, layers=_layers),
+                calls=CALLS,
+                sequence=SequencePlan(chains=(_BLOCKS,), heads=heads),
+                pipeline=PipelinePlan(chain=_BLOCKS, layers=layers),
                 data=True,
             ),
             text_encoders=("text_encoder",),

@@ -10,12 +10,12 @@ from PIL.Image import Image
 
 from vaepp_plugins.picture_stages import LatentStages, as_image, eight_bit
 from vaepp_plugins.statistics import with_statistics
+from vaepp_plugins.wan import CALLS
 
 __all__ = ["WanStages"]
 
-_GUIDANCE_SCALE = 5.0
 _MAX_SEQUENCE_LENGTH = 512
-"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+"""The default of the pipeline's `__call__`, for what a call leaves out."""
 
 
 class WanStages(LatentStages):
@@ -24,7 +24,7 @@ class WanStages(LatentStages):
     @torch.no_grad()
     def encode_prompt(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompts, once for each clip; guidance is on for a scale above 1."""
-        guided = call.get("guidance_scale", _GUIDANCE_SCALE) > 1
+        guided = CALLS.paired(call)
         positive, negative = pipe.encode_prompt(
             prompt=call["prompt"],
             negative_prompt=call.get("negative_prompt"),
