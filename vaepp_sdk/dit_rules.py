@@ -11,6 +11,7 @@ from vaepp_sdk.errors import Fault, UnsupportedError
 from vaepp_sdk.model_folder import ModelFolder
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
+from vaepp_sdk.spec.calls import each_prompt
 from vaepp_sdk.spec.classes import MAX_RANKS
 
 __all__ = ["KEYS", "dit_faults", "dit_notices", "excluded_faults"]
@@ -69,11 +70,37 @@ def dit_notices(
         folder: the model.
         entry: the pipeline's entry, if there is one.
     """
-    calls = entry.dit.calls if entry is not None and entry.dit is not None else None
-    if calls is None or dims.cfg == 1 or calls.pairs(call, folder.settings):
-        return []
-    why = "without guidance a step calls the transformer once, and every rank of a row runs that call"
-    return [f"parallel.{KEYS['cfg']} takes no effect for [call]: {why}."]
+    plan = entry.dit if entry is not None and entry.dit is not None else DiTPlan()
+    images = _images(call)
+    notices = []
+    useless = _useless_guidance(dims, call, images, plan, folder) if dims.cfg > 1 else None
+    if useless is not None:
+        notices.append(f"parallel.{KEYS['cfg']} takes no effect for [call]: without guidance {useless}.")
+    if images is not None and images < dims.data:
+        made = f"[call] makes {images} picture{'s' if images > 1 else ''}"
+        idle = f"of {dims.data} replicas {dims.data - images} have nothing to do before decode"
+        notices.append(f"parallel.{KEYS['data']}: {made}, and {idle}.")
+    return notices
+
+
+def _useless_guidance(
+    dims: ParallelDims, call: Mapping[str, Any], images: int | None, plan: DiTPlan, folder: ModelFolder
+) -> str | None:
+    """Why the ranks of guidance have nothing to share out, or None where they have, or where nobody knows."""
+    if plan.calls is not None and not plan.calls.pairs(call, folder.settings):
+        return "a step calls the transformer once, and every rank of a row runs that call"
+    guided = plan.batch.guided if plan.batch is not None else None
+    if guided is None or guided(call) or images is None or images > dims.data:
+        return None
+    return "there is one picture in a batch, and every rank of a row computes it"
+
+
+def _images(call: Mapping[str, Any]) -> int | None:
+    """How many pictures a call makes; None where it has no prompt yet."""
+    prompt = call.get("prompt")
+    if prompt is None:
+        return None
+    return (1 if isinstance(prompt, str) else len(prompt)) * each_prompt(call)
 
 
 def _lacking(axis: str, size: int, plan: DiTPlan, pipeline: str, registry: Registry) -> Fault:

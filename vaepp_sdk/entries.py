@@ -170,9 +170,12 @@ class BatchPlan:
     Attributes:
         arguments: the arguments of its forward that hold a batch, as a tensor or as a list; its first output
             holds one too.
+        guided: whether a call has both branches, read from the pipeline's keyword arguments as the user gave
+            them; those left out are at the pipeline's defaults. None: nothing is said of calls that have one.
     """
 
     arguments: tuple[str, ...]
+    guided: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, layers
+from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, guided, heads, layers
 from vaepp_sdk import (
     BatchPlan,
     ChainPlan,
@@ -18,6 +18,9 @@ from vaepp_sdk import (
 
 VAEPP_API = 1
 
+
+GUIDANCE_SCALE = 7.0
+"""The default of the pipeline's `__call__`."""
 
 _SECOND = tuple(f"attn2.to_{kind}" for kind in "qkv")
 
@@ -69,7 +72,8 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 component="transformer",
                 tensor=_TENSOR,
                 batch=BatchPlan(
-                    arguments=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+                    arguments=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+                    guided=lambda call: guided(call, GUIDANCE_SCALE),
                 ),
                 sequence=SequencePlan(chains=(_BLOCKS,), heads=heads),
                 pipeline=PipelinePlan(chain=_BLOCKS, layers=layers),

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from vaepp_plugins.picture_stages import PictureStages
+from vaepp_plugins.plan_rules import guided
+from vaepp_plugins.sd3 import GUIDANCE_SCALE
 
 __all__ = ["StableDiffusion3Stages"]
 
-_GUIDANCE_SCALE = 7.0
 _MAX_SEQUENCE_LENGTH = 256
-"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+"""The default of the pipeline's `__call__`, for what a call leaves out."""
 
 _PROMPTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -26,7 +27,7 @@ class StableDiffusion3Stages(PictureStages):
         """Encode the prompts, once for each picture; guidance is on for a scale above 1."""
         embeds, negative_embeds, pooled, negative_pooled = pipe.encode_prompt(
             **{name: call.get(name) for name in _PROMPTS},
-            do_classifier_free_guidance=call.get("guidance_scale", _GUIDANCE_SCALE) > 1,
+            do_classifier_free_guidance=guided(call, GUIDANCE_SCALE),
             device=pipe._execution_device,
             clip_skip=call.get("clip_skip"),
             num_images_per_prompt=call.get("num_images_per_prompt") or 1,

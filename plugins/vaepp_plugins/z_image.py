@@ -38,6 +38,12 @@ _TENSOR = TensorPlan(
 )
 
 
+def is_guided(call: Mapping[str, Any]) -> bool:
+    """Guidance is on for a scale above 0; the pipeline's default is 5."""
+    scale = call.get("guidance_scale")
+    return scale is None or scale > 0
+
+
 def _layers(config: Mapping[str, Any]) -> int:
     return int(config["n_layers"])
 
@@ -70,7 +76,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             dit=DiTPlan(
                 component="transformer",
                 tensor=_TENSOR,
-                batch=BatchPlan(arguments=("x", "t", "cap_feats")),
+                batch=BatchPlan(arguments=("x", "t", "cap_feats"), guided=is_guided),
                 sequence=_SEQUENCE,
                 pipeline=PipelinePlan(chain=_LAYERS, layers=_layers),
                 data=True,

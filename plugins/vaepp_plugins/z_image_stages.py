@@ -11,9 +11,8 @@ from vaepp_plugins.picture_stages import PictureStages, for_each_prompt, prompts
 
 __all__ = ["ZImageStages"]
 
-_GUIDANCE_SCALE = 5.0
 _MAX_SEQUENCE_LENGTH = 512
-"""The defaults of the pipeline's `__call__`, for what a call leaves out."""
+"""The default of the pipeline's `__call__`, for what a call leaves out."""
 
 
 class ZImageStages(PictureStages):
@@ -29,7 +28,7 @@ class ZImageStages(PictureStages):
         positive_embeds, negative_embeds = pipe.encode_prompt(
             prompt=prompts,
             negative_prompt=negative,
-            do_classifier_free_guidance=call.get("guidance_scale", _GUIDANCE_SCALE) > 0,
+            do_classifier_free_guidance=is_guided(call),
             device=pipe._execution_device,
             max_sequence_length=call.get("max_sequence_length", _MAX_SEQUENCE_LENGTH),
         )
