@@ -18,6 +18,7 @@ from vaepp_plugins import tiny_z_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import tiny_flux
+import tiny_flux2
 import tiny_qwen_image
 import tiny_sd3
 import tiny_wan
@@ -59,18 +60,22 @@ _SIZES: tuple[Call, ...] = (
 )
 
 
-def _calls(guided: Call, plain: Call, several: Call) -> tuple[Call, ...]:
+def _calls(guided: Call, plain: Call, several: Call, *, negative: bool = True) -> tuple[Call, ...]:
     """Two prompts with guidance, four without, and three pictures of one prompt with guidance."""
+    avoided: tuple[Call, ...] = {"negative_prompt": [MIDDLE, ""]}, {}, {"negative_prompt": [LONG]}
     asked: tuple[Call, ...] = (
-        {"prompt": [SHORT, LONG], "negative_prompt": [MIDDLE, ""], **guided},
+        {"prompt": [SHORT, LONG], **guided},
         {"prompt": [MIDDLE, LONG, SHORT, "two " + MIDDLE], "seed": 5, **plain},
-        {"prompt": [MIDDLE], "negative_prompt": [LONG], "seed": 23, **several},
+        {"prompt": [MIDDLE], "seed": 23, **several},
     )
+    if negative:
+        asked = tuple({**call, **more} for call, more in zip(asked, avoided, strict=True))
     return tuple({**size, **call} for size, call in zip(_SIZES, asked, strict=True))
 
 
 _PICTURES = {"num_images_per_prompt": 3}
 _SCALE, _TRUE_SCALE = {"guidance_scale": 3.5}, {"true_cfg_scale": 3.5}
+_FLUX2 = _base(max_sequence_length=37, guidance_scale=1.0, text_encoder_out_layers=tiny_flux2.LAYERS)
 
 FAMILIES: Mapping[str, Family] = {
     "z_image": Family(
@@ -90,6 +95,18 @@ FAMILIES: Mapping[str, Family] = {
         build=tiny_sd3.build,
         base=_base(max_sequence_length=37, guidance_scale=1.0),
         calls=_calls(_SCALE, {}, _SCALE | _PICTURES),
+    ),
+    "flux2": Family(
+        pipeline="Flux2Pipeline",
+        build=tiny_flux2.build,
+        base=_FLUX2,
+        calls=_calls(_SCALE, {}, _PICTURES, negative=False),
+    ),
+    "flux2_klein": Family(
+        pipeline="Flux2KleinPipeline",
+        build=tiny_flux2.build_klein,
+        base=_FLUX2,
+        calls=_calls(_SCALE, {}, _SCALE | _PICTURES, negative=False),
     ),
     "qwen_image": Family(
         pipeline="QwenImagePipeline",

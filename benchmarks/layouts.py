@@ -27,10 +27,9 @@ from benchmarks.report import environment, write
 from vaepp_sdk.assembly import quiet_libraries
 from vaepp_sdk.dit_rules import KEYS
 from vaepp_sdk.registry import default_registry
-from vaepp_sdk.testing import RankFailedError
+from vaepp_sdk.testing import RankFailedError, run_ranks
 
-from dims_jobs import TOLERANCE, Made, difference  # isort: skip  # found once the families are imported
-from families import run_jobs  # isort: skip
+from dims_jobs import TOLERANCE, Made, difference, layout_rank  # isort: skip  # found once the families are
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Sizes = Mapping[str, int]
@@ -108,8 +107,8 @@ def measure(name: str, folder: Path, only: int) -> Iterator[Row]:
     """A family's rows, one launch for each number of ranks."""
     family = FAMILIES[name]
     family.build(folder)
-    ((alone,),) = run_jobs(1, [(str(folder), family.base, [{}], family.calls)])
-    wanted = alone[0]["made"]
+    ((alone,),) = _launched(family, folder, 1, [{}])
+    wanted = alone["made"]
     for made in wanted:
         assert float(made.pictures.std()) > 0.1, "a flat picture would agree with anything"
     for ranks, chosen in layouts(family).items():
@@ -120,14 +119,19 @@ def measure(name: str, folder: Path, only: int) -> Iterator[Row]:
 
 def _run(family: Family, folder: Path, ranks: int, chosen: Sequence[Sizes]) -> list[Any]:
     """What every rank has of each layout; where the launch fails, of each in a launch of its own."""
-    tables = [{KEYS[axis]: size for axis, size in sizes.items()} for sizes in chosen]
     try:
-        (found,) = run_jobs(ranks, [(str(folder), family.base, tables, family.calls)])
+        return list(zip(*_launched(family, folder, ranks, chosen), strict=True))
     except RankFailedError as error:
         if len(chosen) == 1:
             return [str(error)]
         return [found for sizes in chosen for found in _run(family, folder, ranks, [sizes])]
-    return list(found)
+
+
+def _launched(family: Family, folder: Path, ranks: int, chosen: Sequence[Sizes]) -> list[Any]:
+    """By rank and layout, what it has."""
+    tables = [{KEYS[axis]: size for axis, size in sizes.items()} for sizes in chosen]
+    asked = str(folder), tables, family.calls, family.base
+    return run_ranks(ranks, layout_rank, *asked, timeout=900, collective=300)
 
 
 def _row(name: str, ranks: int, sizes: Sizes, found: Any, wanted: Sequence[Made]) -> Row:

@@ -58,6 +58,20 @@ def _flux(config: Config, text: int, picture: int) -> Step:
     )
 
 
+def _flux2(config: Config, text: int, picture: int) -> Step:
+    """Text and picture are one sequence before the blocks with one stream."""
+    return Step(
+        chains=(
+            _two_streams(config["num_layers"], text, picture),
+            _one_stream(config["num_single_layers"], (text + picture,), sums=1),
+        ),
+        output=picture * config["in_channels"],
+        two_calls=True,
+        heads=config["num_attention_heads"],
+        width=_width(config),
+    )
+
+
 def _sd3(config: Config, text: int, picture: int) -> Step:
     """Some blocks attend to the picture twice; the last one makes nothing of the text but keys and values."""
     blocks, second = config["num_layers"], len(config["dual_attention_layers"])
@@ -112,6 +126,8 @@ def _width(config: Config) -> int:
 STEPS: Mapping[str, Callable[[Config, int, int], Step]] = {
     "ZImagePipeline": _z_image,
     "FluxPipeline": _flux,
+    "Flux2Pipeline": _flux2,
+    "Flux2KleinPipeline": _flux2,
     "StableDiffusion3Pipeline": _sd3,
     "QwenImagePipeline": _qwen_image,
     "WanPipeline": _wan,
@@ -136,6 +152,18 @@ MODELS: Mapping[str, tuple[str, Config, int, int]] = {
             "num_attention_heads": 24,
             "attention_head_dim": 128,
             "in_channels": 64,
+        },
+        512,
+        _PICTURE,
+    ),
+    "FLUX.2 [dev]": (
+        "Flux2Pipeline",
+        {
+            "num_layers": 8,
+            "num_single_layers": 48,
+            "num_attention_heads": 48,
+            "attention_head_dim": 128,
+            "in_channels": 128,
         },
         512,
         _PICTURE,

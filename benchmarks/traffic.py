@@ -34,6 +34,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS: Mapping[str, tuple[int, int]] = {
     "z_image": (96, 64),
     "flux": (37, 63),
+    "flux2": (37, 63),
+    "flux2_klein": (37, 63),
     "sd3": (77 + 37, 63),
     "qwen_image": (197, 63),
     "wan": (37, 2 * 63),
@@ -108,7 +110,11 @@ def table() -> list[str]:
     for name, (pipeline, config, text, picture) in MODELS.items():
         step = STEPS[pipeline](config, text, picture)
         cells = []
+        plan = default_registry().pipelines[pipeline].dit
         for axis in axes:
+            if axis == "cfg" and (plan is None or axis not in plan.axes):
+                cells.append("-")
+                continue
             call = attrs.evolve(step, batch=2) if axis == "cfg" and not step.two_calls else step
             nbytes = max(sent(call, axis, 2, rank) for rank in range(2))
             cells.append(f"{nbytes / MIB:.1f}" if nbytes < 10 * MIB else f"{nbytes / MIB:.0f}")

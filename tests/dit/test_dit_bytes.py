@@ -22,8 +22,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("size", "axes"), [(2, ("cfg", "tensor")), (3, ("pipeline", "ring", "ulysses"))])
 def test_counted_bytes_are_those_of_the_arithmetic(models: Path, size: int, axes: tuple[str, ...]) -> None:
-    """On 3 ranks neither heads nor tokens divide."""
-    found = list(counted(models, cases(axes, size)))
+    """On 3 ranks neither heads nor tokens divide; of FLUX.2 the two forms differ in guidance only."""
+    chosen = [case for case in cases(axes, size) if case[0] != "flux2_klein" or case[1] == "cfg"]
+    found = list(counted(models, chosen))
     assert {row["axis"] for row in found} == set(axes)
     for row in found:
         assert row["counted"] == row["wanted"], (row["family"], row["axis"])
