@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vaepp_plugins.picture_stages import PictureStages, for_each_prompt, prompts_of
+from vaepp_plugins.z_image import is_guided
 
 __all__ = ["ZImageStages"]
 
