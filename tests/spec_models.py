@@ -13,6 +13,7 @@ from vaepp_sdk.registry import Plugin, Registry
 
 PIPELINE = "ZImagePipeline"
 Z_IMAGE = {"n_heads": 30, "dim": 3840}
+VAE = {"block_out_channels": [128, 256, 512, 512]}
 """The real model's sizes."""
 
 
@@ -59,7 +60,12 @@ def stand_in_registry() -> Registry:
     return registry
 
 
-def model_folder(folder: Path, pipeline: str = PIPELINE, transformer: dict[str, Any] | None = None) -> Path:
+def model_folder(
+    folder: Path,
+    pipeline: str = PIPELINE,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+) -> Path:
     """Write the JSON files of a model in diffusers format."""
     index = {
         "_class_name": pipeline,
@@ -68,8 +74,10 @@ def model_folder(folder: Path, pipeline: str = PIPELINE, transformer: dict[str, 
         "vae": ["diffusers", "AutoencoderKL"],
         "safety_checker": [None, None],
     }
-    (folder / "transformer").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps(index))
-    config = Z_IMAGE if transformer is None else transformer
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    configs = {"transformer": transformer or Z_IMAGE, "vae": vae or VAE}
+    for component, config in configs.items():
+        (folder / component).mkdir()
+        (folder / component / "config.json").write_text(json.dumps(config))
     return folder

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hookspecs", "options"),
     ("registry", "spec"),
     ("model_folder", "signature"),
+    ("size_rules",),
     ("call_rules", "dit_rules", "model_rules", "vae_rules"),
     ("resolve",),
     ("request",),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.signature import CallSignature, signature_faults
+from vaepp_sdk.size_rules import CallSize, size_faults
 from vaepp_sdk.spec.calls import COUNTS, MAX_IMAGES, call_faults, each_prompt
 from vaepp_sdk.spec.values import MAX_INTEGER
 from vaepp_sdk.text import shown
@@ -15,7 +16,11 @@ __all__ = ["request_faults"]
 
 
 def request_faults(
-    call: Mapping[str, Any], signature: CallSignature | None, pipeline: str, path: str = "$.call"
+    call: Mapping[str, Any],
+    signature: CallSignature | None,
+    pipeline: str,
+    path: str = "$.call",
+    sizes: Sequence[CallSize] = (),
 ) -> list[Fault]:
     """Every fault of the arguments of one request, `seed` included.
 
@@ -24,12 +29,15 @@ def request_faults(
         signature: what the pipeline's call takes, or None where nobody knows.
         pipeline: the pipeline's class.
         path: where the arguments stand.
+        sizes: which sizes the pipeline can make.
     """
     faults = call_faults(call, path)
+    further = size_faults(call, sizes, path)
     if signature is not None:
-        seen = {fault.path for fault in faults}
-        found = signature_faults(signature, call, path)
-        faults += [fault for fault in found if fault.path not in seen]
+        further = signature_faults(signature, call, path) + further
+    for fault in further:
+        if fault.path not in {one.path for one in faults}:
+            faults.append(fault)
     return faults or _whole_faults(call, signature, pipeline, path)
 
 
@@ -49,10 +57,10 @@ def _whole_faults(
     for name, parameter in parameters.items():
         if parameter.required and call.get(name) is None:
             faults.append(Fault(f"{path}.{name}", "it is missing", f"{pipeline} needs it"))
-    return faults or _size_faults(call, count, path)
+    return faults or _count_faults(call, count, path)
 
 
-def _size_faults(call: Mapping[str, Any], prompts: int, path: str) -> list[Fault]:
+def _count_faults(call: Mapping[str, Any], prompts: int, path: str) -> list[Fault]:
     faults = []
     images = prompts * each_prompt(call)
     if images > MAX_IMAGES:

@@ -30,6 +30,7 @@ __all__ = [
     "PipelinePlan",
     "Rung",
     "SequencePlan",
+    "SizeRule",
     "StrategyEntry",
     "TensorPlan",
     "VaeEntry",
@@ -314,6 +315,22 @@ class DiTPlan:
 
 
 @attrs.frozen(kw_only=True)
+class SizeRule:
+    """Which values of one argument of a pipeline's call work; the library refuses or changes others.
+
+    Attributes:
+        argument: the argument, as in `height`; calls that leave it out are at the pipeline's default.
+        step: how far the values are apart. It is called with a function that gives a component's
+            `config.json`, as in `config("vae")["block_out_channels"]`: checkpoints of a family differ.
+        first: the smallest value; None is the step itself, so that the values are its multiples.
+    """
+
+    argument: str
+    step: Callable[[Callable[[str], Mapping[str, Any]]], int]
+    first: int | None = None
+
+
+@attrs.frozen(kw_only=True)
 class PipelineEntry:
     """A pipeline vaepp knows how to run stage by stage.
 
@@ -329,6 +346,7 @@ class PipelineEntry:
         text_encoders: components that only the stage `encode_prompt` uses. Where there are any, one rank of
             each replica holds them and encodes for the others, whose pipelines have None in their place.
         fps: frames a second of its clips, where a spec says nothing else; None where it makes pictures.
+        sizes: which sizes it can make; others are refused before a rank starts.
     """
 
     name: str
@@ -340,6 +358,7 @@ class PipelineEntry:
     dit: DiTPlan | None = None
     text_encoders: tuple[str, ...] = ()
     fps: int | None = None
+    sizes: tuple[SizeRule, ...] = ()
 
 
 def load_object(reference: str | Callable[..., Any], owner: str) -> Callable[..., Any]:

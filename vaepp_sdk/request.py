@@ -71,7 +71,7 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
         SpecError: with every fault of the arguments.
     """
     call = {**resolved.spec.call, **overrides}
-    faults = request_faults(call, resolved.signature, resolved.pipeline_class)
+    faults = request_faults(call, resolved.signature, resolved.pipeline_class, sizes=resolved.sizes)
     faults += excluded_faults(resolved.dims, call, resolved.entry)
     if faults:
         raise SpecError(faults, f"request {number}")

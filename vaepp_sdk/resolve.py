@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from vaepp_sdk.model_rules import model_faults
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
+from vaepp_sdk.size_rules import CallSize, read_sizes, size_faults
 from vaepp_sdk.spec import PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
@@ -49,6 +50,7 @@ class Resolved:
             picture.
         signature: what the pipeline's call takes, or None where its source cannot be found.
         decode_only: whether latents are there already, so that of the model only the VAE is loaded.
+        sizes: which sizes the pipeline can make; not handed to ranks, which are asked for no others.
     """
 
     spec: PipelineSpec
@@ -62,6 +64,7 @@ class Resolved:
     clip_rate: int | None = None
     signature: CallSignature | None = None
     decode_only: bool = False
+    sizes: tuple[CallSize, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold, for handing the decisions to ranks."""
@@ -124,10 +127,10 @@ def resolve(
         faults += excluded_faults(dims, spec.call, entry)
         faults += vae_faults(spec.vae, size, entry, registry)
         faults += model_faults(spec.model, dims, folder.pipeline_class, entry)
-        if signature is not None:
-            faults += _call_faults(spec, signature)
+        sizes = () if decode_only else read_sizes(entry, folder)
+        faults += _call_faults(spec, signature, sizes)
         if upcoming is not None and not faults:
-            faults += _upcoming_faults(upcoming, spec, signature, folder.pipeline_class)
+            faults += _upcoming_faults(upcoming, spec, signature, folder.pipeline_class, sizes)
         if faults:
             raise SpecError(faults)
         model_path = fetch_weights(spec.model, folder)
@@ -153,28 +156,37 @@ def resolve(
         clip_rate=_clip_rate(spec, entry),
         signature=signature,
         decode_only=decode_only,
+        sizes=sizes,
     )
 
 
-def _call_faults(spec: PipelineSpec, signature: CallSignature) -> list[Fault]:
+def _call_faults(
+    spec: PipelineSpec, signature: CallSignature | None, sizes: Sequence[CallSize]
+) -> list[Fault]:
     """The faults of what the spec writes, each told where it stands."""
-    if not spec.more_calls:
-        return signature_faults(signature, spec.call)
-    written = (spec.call, *spec.more_calls)
-    return [
-        fault
-        for index, call in enumerate(written)
-        for fault in signature_faults(signature, call, f"$.call[{index}]")
-    ]
+    written = {"$.call": spec.call}
+    if spec.more_calls:
+        calls = (spec.call, *spec.more_calls)
+        written = {f"$.call[{index}]": call for index, call in enumerate(calls)}
+    faults = []
+    for path, call in written.items():
+        if signature is not None:
+            faults += signature_faults(signature, call, path)
+        faults += size_faults(call, sizes, path)
+    return faults
 
 
 def _upcoming_faults(
-    upcoming: Upcoming, spec: PipelineSpec, signature: CallSignature | None, pipeline: str
+    upcoming: Upcoming,
+    spec: PipelineSpec,
+    signature: CallSignature | None,
+    pipeline: str,
+    sizes: Sequence[CallSize],
 ) -> list[Fault]:
     faults = list(upcoming.faults)
     known = {fault.path for fault in faults}
     for call in upcoming.calls:
-        found = request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path)
+        found = request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path, sizes)
         faults += [fault for fault in found if fault.path not in known]
     if len(faults) <= _MAX_TOLD:
         return faults

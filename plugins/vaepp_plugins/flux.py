@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, shorter_list, truly_guided, width
+from vaepp_plugins.sizes import PACKED
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -27,6 +28,7 @@ def _attention_and_feed_forward(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 CALLS = CallsPlan(latents="hidden_states", paired=lambda call: truly_guided(call, 1.0))
 """A scale alone, which is an input of the model, needs no second call."""
+
 
 _TENSOR = TensorPlan(
     blocks=("transformer_blocks",),
@@ -85,5 +87,6 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 pipeline=PipelinePlan(chain=_DOUBLE, layers=shorter_list, further=(_SINGLE,)),
                 data=True,
             ),
+            sizes=PACKED,
         )
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vaepp_plugins.plan_rules import QKV, TEXT_QKV, guided, heads, shorter_list, width
+from vaepp_plugins.sizes import PACKED
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -105,6 +106,7 @@ def _entry(name: str, module: str, stages: str, dit: DiTPlan) -> PipelineEntry:
         stages=f"vaepp_plugins.flux2_stages:{stages}",
         text_encoders=("text_encoder",),
         dit=dit,
+        sizes=PACKED,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, layers, truly_guided
+from vaepp_plugins.sizes import Configs, sides
 from vaepp_sdk import CallsPlan, ChainPlan, DiTPlan, PipelineEntry, PipelinePlan, TensorPlan, hookimpl
 
 VAEPP_API = 1
@@ -34,6 +35,12 @@ _BLOCKS = ChainPlan(
 )
 
 
+def _side(config: Configs) -> int:
+    """The pipeline packs latents into 2 x 2 patches, and makes the next smaller size of any other."""
+    side: int = 2 * 2 ** len(config("vae")["temperal_downsample"])
+    return side
+
+
 @hookimpl
 def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
     """Register the Qwen-Image pipeline."""
@@ -52,5 +59,6 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 data=True,
             ),
             text_encoders=("text_encoder",),
+            sizes=sides(_side),
         )
     )

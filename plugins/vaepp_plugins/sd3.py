@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, guided, heads, layers
+from vaepp_plugins.sizes import Configs, kl_scale, sides
 from vaepp_sdk import (
     BatchPlan,
     ChainPlan,
@@ -57,6 +58,10 @@ _BLOCKS = ChainPlan(
 )
 
 
+def _side(config: Configs) -> int:
+    return int(config("transformer").get("patch_size", 2)) * kl_scale(config)
+
+
 @hookimpl
 def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
     """Register the Stable Diffusion 3 pipeline."""
@@ -81,5 +86,6 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 # It counts blocks, and a list that is spread is called as one.
                 excludes={"skip_guidance_layers": ("pipeline", "ring", "ulysses")},
             ),
+            sizes=sides(_side),
         )
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vaepp_plugins.plan_rules import guided, heads, layers
+from vaepp_plugins.sizes import Configs, sides
 from vaepp_sdk import (
     CallsPlan,
     ChainPlan,
@@ -13,6 +15,7 @@ from vaepp_sdk import (
     PipelineEntry,
     PipelinePlan,
     SequencePlan,
+    SizeRule,
     TensorPlan,
     hookimpl,
 )
@@ -49,6 +52,25 @@ _BLOCKS = ChainPlan(
 )
 
 
+def _side(config: Configs, axis: int) -> int:
+    """The pipeline refuses sides that are no multiples of 16, and cuts those that its patches do not fill."""
+    patch = config("transformer")["patch_size"][axis]
+    return math.lcm(16, int(config("vae").get("scale_factor_spatial", 8)) * int(patch))
+
+
+def _height(config: Configs) -> int:
+    return _side(config, 1)
+
+
+def _width(config: Configs) -> int:
+    return _side(config, 2)
+
+
+def _frames(config: Configs) -> int:
+    """The first frame is one by itself, the others are compressed in groups."""
+    return int(config("vae").get("scale_factor_temporal", 4))
+
+
 @hookimpl
 def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
     """Register the Wan pipeline."""
@@ -70,5 +92,6 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             ),
             text_encoders=("text_encoder",),
             fps=16,
+            sizes=(*sides(_height, _width), SizeRule(argument="num_frames", step=_frames, first=1)),
         )
     )

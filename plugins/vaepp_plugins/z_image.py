@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vaepp_plugins.sizes import PACKED
 from vaepp_sdk import (
     BatchPlan,
     ChainPlan,
@@ -81,5 +82,6 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 pipeline=PipelinePlan(chain=_LAYERS, layers=_layers),
                 data=True,
             ),
+            sizes=PACKED,
         )
     )

@@ -78,14 +78,15 @@ def test_entries_of_the_spec_under_torchruns_variables_too(spec: str, tmp_path: 
 
 
 def test_bad_requests_start_nothing(spec: str, prompts: str, tmp_path: Path) -> None:
-    Path(prompts).write_text('{"prompt": "one"}\n{"prompt": 2}\nthree\n')
+    Path(prompts).write_text('{"prompt": "one"}\n{"prompt": 2}\nthree\n{"width": 10}\n')
     for check in ((), ("--check",)):
         done = light(spec, "--prompts", prompts, *check, tmp_path=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         head, *lines = done.stderr.splitlines()
-        assert head == f"vaepp-run: {spec}: 2 faults"
+        assert head == f"vaepp-run: {spec}: 3 faults"
         assert lines[0].startswith(f"  {prompts}:3: it is not JSON: ")
         assert lines[1].startswith(f"  {prompts}:2: $.prompt: found 2; it must be a string")
+        assert lines[2] == f"  {prompts}:4: $.width: found 10; multiples of 16 work; 16 is nearest"
     done = light(spec, "--prompts", prompts, "--resume", str(tmp_path), tmp_path=tmp_path)
     assert done.returncode == 2
     Path(spec).write_text(Path(spec).read_text().replace("[call]", "[[call]]") + '\n[[call]]\nprompt = "b"\n')

@@ -55,6 +55,8 @@ def test_one_pipeline_serves_many_calls(tiny_model: Path, tmp_path: Path) -> Non
         assert {"load", "denoise", "decode"} <= set(events)
         with pytest.raises(SpecError, match=r"\$\.call\.height"):
             pipe(height="96")
+        with pytest.raises(SpecError, match=r"found 100; multiples of 16 work; 96 and 112 are nearest"):
+            pipe(height=100)
         assert len(pipe(seed=3).images) == 1, "a refused call harms nobody"
     assert wait_until_gone(pids, 0) == []
     with pytest.raises(RunError, match="closed"):
