@@ -11,7 +11,7 @@ FAULTS_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench faults soak clean
+.PHONY: help install demo test lint format docs bench faults kills soak clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -51,6 +51,9 @@ bench: install ## time, bytes and memory of each strategy against one rank, on t
 
 faults: install ## inject every fault into every stage of real runs; prints what was named and what was left
 	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.faults $(FAULTS_ARGS)
+
+kills: install ## kill a random process of real runs at random moments; prints what was named and what was left
+	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.random_kills
 
 soak: install ## serve 200 requests of mixed sizes with one pool; shows that nothing grows
 	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.soak

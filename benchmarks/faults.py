@@ -27,13 +27,13 @@ from typing import Any
 import attrs
 from vaepp_plugins.tiny_z_image import build
 
-from benchmarks.fault_plugin import CRASHES, HANGS
+from benchmarks.fault_plugin import BETWEEN_STEPS, CRASHES, HANGS
 from benchmarks.plugging import announce
 from benchmarks.report import environment, write
 
 STAGES = ("load", "encode_prompt", "denoise", "decode", "save")
 SIGNALS = ("KILL", "TERM", "INT", "HUP")
-LIMITS = {"load": 60.0, "request": 10.0, "exchange": 10.0}
+LIMITS = {"load": 60.0, "denoise": 5.0, "request": 10.0, "exchange": 10.0}
 CRASH_SECONDS, SLACK_SECONDS, MOST_LINES = 2.0, 3.0, 25
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -97,10 +97,12 @@ class Bench:
 
     Attributes:
         folder: the folder.
+        limits: the `[limits]` of the runs.
         path: the `PYTHONPATH` of the runs.
     """
 
     folder: Path
+    limits: Mapping[str, float] = attrs.field(factory=LIMITS.copy)
     path: str = attrs.field(default="", init=False)
 
     def prepare(self) -> None:
@@ -114,7 +116,7 @@ class Bench:
     def command(self, ranks: int) -> list[str]:
         """A run on so many ranks."""
         spec = self.folder / f"on{ranks}.toml"
-        limits = "\n".join(f"{name} = {value}" for name, value in LIMITS.items())
+        limits = "\n".join(f"{name} = {value}" for name, value in self.limits.items())
         spec.write_text(
             SPEC.format(model=json.dumps(str(self.folder / "model")), ranks=ranks, limits=limits),
             encoding="utf-8",
@@ -159,7 +161,7 @@ class Bench:
         _, stderr = process.communicate(timeout=300)
         ended = time.monotonic_ns()
         since = since or (int(mark.read_text()) if mark.exists() else ended)
-        left = _left_after(run, 2.0)
+        left = left_after(run, 2.0)
         named = re.search(r"rank (\d+) failed in stage (\w+)", stderr)
         row = Row(
             fault=f"SIG{launcher} to the launcher, {fault}" if launcher else fault,
@@ -197,7 +199,7 @@ def _misses(row: Row, happened: bool, untouched: bool, fault: str, launcher: str
         yield "the fault never came"
     if row.code == 0:
         yield "exit code 0"
-    limit = CRASH_SECONDS if launcher or fault in CRASHES else _hang_limit(row.stage) + SLACK_SECONDS
+    limit = CRASH_SECONDS if launcher or fault in CRASHES else _hang_limit(fault, row.stage) + SLACK_SECONDS
     if row.seconds > limit:
         yield f"over {limit:g} s"
     if not launcher and row.named != f"{row.rank} {row.stage}":
@@ -210,26 +212,29 @@ def _misses(row: Row, happened: bool, untouched: bool, fault: str, launcher: str
         yield "old outputs touched"
 
 
-def _hang_limit(stage: str) -> float:
+def _hang_limit(fault: str, stage: str) -> float:
+    if fault == BETWEEN_STEPS:
+        return LIMITS["denoise"]
     return LIMITS["load"] if stage == "load" else LIMITS["request"]
 
 
-def _left_after(run: str, seconds: float) -> int:
+def left_after(run: str, seconds: float) -> int:
     """Processes of a run that are still there after so many seconds."""
     limit = time.monotonic() + seconds
-    while left := _of_run(run):
+    while left := len(processes_of(run)):
         if time.monotonic() > limit:
             return left
         time.sleep(0.05)
     return 0
 
 
-def _of_run(run: str) -> int:
-    """How many processes carry a run's mark in their environment; zombies have no environment."""
-    needle, found = f"VAEPP_FAULT_RUN={run}".encode(), 0
+def processes_of(run: str) -> list[int]:
+    """The processes that carry a run's mark in their environment; zombies have no environment."""
+    needle, found = f"VAEPP_FAULT_RUN={run}".encode(), list[int]()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            found += entry.name.isdigit() and needle in (entry / "environ").read_bytes()
+            if entry.name.isdigit() and needle in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
     return found
 
 
@@ -242,6 +247,7 @@ def cases(quick: bool, ranks: list[int]) -> list[tuple[str, str, int, int, str]]
         for stage in stages
         for fault in (*CRASHES, *HANGS)
     ]
+    found += [(BETWEEN_STEPS, "denoise", count - 1, count, "") for count in ranks]
     signals = ("KILL", "TERM") if quick else SIGNALS
     return found + [(hang, "denoise", 1, 2, name) for name in signals for hang in HANGS]
 
@@ -250,8 +256,9 @@ _COLUMNS = ("fault", "stage", "rank", "ranks", "seconds", "code", "named", "line
 _WIDTHS = dict(zip(_COLUMNS, (44, 14, 6, 7, 9, 6, 17, 7, 6, 0), strict=True))
 
 
-def _print_line(values: Mapping[str, Any]) -> None:
-    print("".join(f"{_cell(values[name]):<{width}}" for name, width in _WIDTHS.items()), flush=True)
+def print_line(values: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+    """One row of a table, as it comes."""
+    print("".join(f"{_cell(values[name]):<{width}}" for name, width in widths.items()), flush=True)
 
 
 def _cell(value: Any) -> str:
@@ -270,12 +277,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vaepp-faults-") as folder:
         bench = Bench(Path(folder))
         bench.prepare()
-        _print_line({name: name for name in _WIDTHS})
+        print_line({name: name for name in _WIDTHS}, _WIDTHS)
         rows = []
         for case in cases(arguments.quick, arguments.ranks):
             if arguments.only in case[0]:
                 rows.append(bench.run(*case))
-                _print_line(attrs.asdict(rows[-1]))
+                print_line(attrs.asdict(rows[-1]), _WIDTHS)
     missed = sum(bool(row.misses) for row in rows)
     print(f"{len(rows)} faults, {missed} of them missed a goal")
     content = {"environment": environment(), "limits": LIMITS, "rows": [attrs.asdict(row) for row in rows]}

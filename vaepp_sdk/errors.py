@@ -8,6 +8,7 @@
         * OutputError       a place that cannot be written, or a file that would be overwritten
     * RunError              the run failed: exit code 1
         * RankError         one rank failed; names rank, stage and cause
+        * RequestError      one request failed on all ranks alike, and they are ready for others
         * PeerError         a wait for another rank ended without it; names the peers
         * AgreementError    ranks that must agree do not; names both sides
 
@@ -27,12 +28,14 @@ __all__ = [
     "PeerError",
     "PluginError",
     "RankError",
+    "RequestError",
     "RunError",
     "SpecError",
     "UnsupportedError",
     "UserError",
     "VaeppError",
     "VaeppWarning",
+    "is_check",
 ]
 
 
@@ -118,13 +121,29 @@ class RankError(RunError):
         rank: the rank whose failure came first.
         stage: the stage it was in.
         cause: one line saying what happened there.
+        harmless: whether it was a check that failed, before the stage exchanged anything with other ranks.
     """
 
-    def __init__(self, rank: int, stage: str, cause: str) -> None:
+    def __init__(self, rank: int, stage: str, cause: str, *, harmless: bool = False) -> None:
         self.rank = rank
         self.stage = stage
         self.cause = cause
+        self.harmless = harmless
         super().__init__(f"rank {rank} failed in stage {stage}: {cause}")
+
+
+class RequestError(RunError):
+    """A check failed in a stage before ranks exchanged anything there: the request failed, and no rank did.
+
+    Args:
+        stage: the stage.
+        cause: one line saying what happened there.
+    """
+
+    def __init__(self, stage: str, cause: str) -> None:
+        self.stage = stage
+        self.cause = cause
+        super().__init__(f"the request failed in stage {stage}, and the ranks are ready for others: {cause}")
 
 
 class PeerError(RunError):
@@ -148,6 +167,15 @@ class PeerError(RunError):
 
 class AgreementError(RunError):
     """Ranks that must hold the same value do not."""
+
+
+def is_check(error: BaseException) -> bool:
+    """Whether an error is of a kind that checks of arguments raise, and that leaves a process as it was.
+
+    What the system and the device raise is a `RuntimeError`, a `MemoryError` or an `OSError`, and says
+    nothing of what else is broken.
+    """
+    return isinstance(error, Exception) and not isinstance(error, RuntimeError | MemoryError | OSError)
 
 
 class VaeppWarning(UserWarning):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vaepp_sdk.errors import VaeppError, VaeppWarning
+from vaepp_sdk.errors import VaeppWarning
 from vaepp_sdk.events import LatentsKept, StageEnd
 from vaepp_sdk.kept import KeptRun, holds_latents, remove_run
 from vaepp_sdk.registry import default_registry
@@ -23,7 +23,7 @@ from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.pool import WorkerPool
-from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.spec import LimitsSpec, PipelineSpec
 from vaepp_sdk.spec.prompts import Upcoming
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Pipeline:
             world_size=resolved.dims.dit_parallel_size,
             target=_TARGET,
             payload=resolved.to_dict(),
-            limits=resolved.spec.limits,
+            limits=_limits(resolved.spec),
         )
         ear = _Ear(on_event)
         engine = JoinedRank(job, launch, ear) if launch else WorkerPool(job, ear)
@@ -183,6 +183,7 @@ class Pipeline:
         Raises:
             SpecError: an argument cannot be; the pipeline goes on.
             UserError: all ranks refused the request; the pipeline goes on.
+            RequestError: all ranks failed alike before they exchanged anything; the pipeline goes on.
             RankError: a rank failed; the pipeline has ended.
         """
         request = make_request(self.resolved, call, self._calls, self.resolved.spec.output is not None)
@@ -205,7 +206,7 @@ class Pipeline:
     def _run(self, request: Request) -> Result:
         try:
             return self._result(self._engine.run(request.to_dict()))
-        except VaeppError as error:
+        except BaseException as error:  # a signal that ends this process costs no denoising either
             folder = self._ear.folder
             if folder is not None and holds_latents(folder):
                 error.add_note(f"the latents are kept; go on from them with: vaepp-run --resume {folder}")
@@ -232,6 +233,14 @@ class Pipeline:
             stages=tuple(tuple(StageEnd(**end) for end in value["stages"]) for value in answers.values),
             notices=(*self.notices, *answers.values[0]["notices"]),
         )
+
+
+def _limits(spec: PipelineSpec) -> LimitsSpec:
+    """The longest waits; a later step too may compile, and peers wait for that as long as for an exchange."""
+    limits = spec.limits
+    if spec.model.compile == "off" or limits.denoise != LimitsSpec().denoise:
+        return limits
+    return attrs.evolve(limits, denoise=max(limits.denoise, limits.exchange))
 
 
 def prepare(spec: PipelineSpec, *, decode_only: bool = False, upcoming: Upcoming | None = None) -> Resolved:

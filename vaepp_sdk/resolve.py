@@ -20,7 +20,7 @@ from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
 from vaepp_sdk.size_rules import CallSize, read_sizes, size_faults
-from vaepp_sdk.spec import PipelineSpec, VaeSpec
+from vaepp_sdk.spec import LimitsSpec, PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
 
@@ -216,9 +216,12 @@ def _model_notices(spec: PipelineSpec, pipeline: str, signature: CallSignature |
 
 
 def _whole_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:
-    """Settings that matter only where the VAE's work is a stage of its own."""
+    """Settings that matter only where denoising and the VAE's work are stages of their own."""
     keeps = spec.output is not None and spec.output.keep_latents
     named = {"output.keep_latents": keeps, "vae.on_oom": spec.vae.on_oom != VaeSpec().on_oom}
+    usual = LimitsSpec()
+    for stage in ("denoise", "decode"):
+        named[f"limits.{stage}"] = getattr(spec.limits, stage) != getattr(usual, stage)
     keys = [key for key, is_set in named.items() if is_set and entry is None]
     verb = "takes" if len(keys) == 1 else "take"
     reason = f"no plugin runs {pipeline} stage by stage"

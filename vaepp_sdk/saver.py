@@ -10,6 +10,7 @@ import attrs
 from PIL.Image import Image
 
 from vaepp_sdk.assembly import software
+from vaepp_sdk.errors import OutputError
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
@@ -69,15 +70,27 @@ class Saver:
         first = self._agreed_number(request.images) if sharded else self.folder.number(request.images)
         return tuple(self._save_one(request, picture, first, steps_down) for picture in pictures)
 
+    def _save_one(self, request: Request, picture: Picture, first: int, steps_down: Sequence[str]) -> str:
+        """Save one picture; where another run has taken its name meanwhile, under the next number."""
+        number = first + picture.index
+        while True:
+            try:
+                return self._save_as(number, request, picture, steps_down)
+            except OutputError as error:
+                # The pieces of one picture share a name, so ranks would have to agree on another.
+                if picture.box is not None or not isinstance(error.__cause__, FileExistsError):
+                    raise
+                number = self.folder.renumber()
+
     def _agreed_number(self, count: int) -> int:
         """Rank 0's next number on every rank, so that the rectangles of a picture share a name."""
         number = self.folder.number(count) if self.group.rank == 0 else 0
         return self.group.told_by_rank0(number, "file number", self.timeout)
 
-    def _save_one(self, request: Request, picture: Picture, first: int, steps_down: Sequence[str]) -> str:
+    def _save_as(self, number: int, request: Request, picture: Picture, steps_down: Sequence[str]) -> str:
         seed = request.seed + picture.index
         prompt = request.prompts[picture.index * len(request.prompts) // request.images]
-        name = f"{first + picture.index:04d}-{slug(prompt)}-seed{seed}"
+        name = f"{number:04d}-{slug(prompt)}-seed{seed}"
         details: dict[str, Any] = {
             "spec": self.resolved.spec.to_shareable(),
             "call": dict(request.call),

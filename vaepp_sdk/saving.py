@@ -113,6 +113,15 @@ class PictureFolder:
         first, self._next = self._next, self._next + count
         return first
 
+    def renumber(self) -> int:
+        """One number after those that other runs have taken meanwhile.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
+        self._next = max(self._next or 0, self._after_existing())
+        return self.number(1)
+
     def save(self, image: Image, name: str, info: PngInfo) -> Path:
         """Write one picture under a name of its own; it is there completely or not at all.
 

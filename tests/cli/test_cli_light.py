@@ -196,6 +196,100 @@ def test_under_torchrun_the_others_name_a_rank_that_is_stuck(spec: str, tmp_path
     )
 
 
+def test_under_torchrun_a_rank_that_does_not_come_further_says_so(spec: str, tmp_path: Path) -> None:
+    fault = json.dumps({"kind": "sleep", "rank": 1, "stage": "decode"})
+    done = torchrun(spec, 2, tmp_path, "--set", "limits.decode=2", "--quiet", VAEPP_TEST_FAULT=fault)
+    assert done.returncode != 0
+    words = "rank 1 failed in stage decode: it runs and does not come further at step 2 of 2; no step for 2 s"
+    assert f"vaepp-run: {words} ([limits] decode)" in done.stderr
+
+
+def kept_latents(folder: Path) -> Path:
+    """A folder that holds latents, as far as names go."""
+    run = folder / "run-4"
+    run.mkdir()
+    (run / "latents-0000.safetensors").touch()
+    return run
+
+
+def test_under_torchrun_a_killed_rank_leaves_the_command_that_goes_on(spec: str, tmp_path: Path) -> None:
+    """The launcher ends the other rank, which says what to do, whether it found the loss first or not."""
+    run = kept_latents(tmp_path)
+    fault = json.dumps({"kind": "KILL", "rank": 1, "stage": "decode", "kept": str(run)})
+    done = torchrun(spec, 2, tmp_path, "--quiet", VAEPP_TEST_FAULT=fault)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert f"\n  the latents are kept; go on from them with: vaepp-run --resume {run}\n" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_denoise_leaves_the_command_that_goes_on(
+    number: int, spec: str, tmp_path: Path
+) -> None:
+    run = kept_latents(tmp_path)
+    fault = json.dumps({"kind": "sleep", "rank": 1, "stage": "decode", "kept": str(run)})
+    with subprocess.Popen(
+        [sys.executable, DRIVER, spec, "--quiet", "--set", "vae.vae_use_tiling=true"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path, VAEPP_TEST_FAULT=fault),
+    ) as process:
+        children_when_ready(process.pid, 2)
+        time.sleep(6)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr.splitlines() == [
+        f"vaepp-run: ended by {signal.Signals(number).name}",
+        f"  the latents are kept; go on from them with: vaepp-run --resume {run}",
+    ]
+
+
+SLOW_TORCH = """
+import os, time
+from pathlib import Path
+Path(os.environ["IMPORTS"]).write_text(str(os.getpid()))
+time.sleep(3600)
+"""
+
+
+def test_a_launcher_that_is_killed_while_its_ranks_import(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    mark = tmp_path / "imports"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    sizes = ["--set", "parallel.tensor_parallel_size=1", "--quiet"]
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "vaepp_sdk.cli", spec, *sizes],
+        stderr=subprocess.DEVNULL,
+        env=environment(tmp_path, PYTHONPATH=path, IMPORTS=str(mark), **place),
+    ) as launcher:
+        limit = time.monotonic() + 60
+        while not (mark.exists() and mark.read_text()):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        launcher.kill()
+    rank, limit = int(mark.read_text()), time.monotonic() + 5
+    while runs(rank):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+LAUNCHER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+
+
+def test_a_launcher_that_is_gone_before_the_kernel_is_asked() -> None:
+    script = """
+import os
+from vaepp_sdk.runtime.inplace import end_with_launcher
+os.getppid = iter([7, 1]).__next__
+end_with_launcher()
+print("lives")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Path) -> None:
     fault = json.dumps({"kind": "hold", "rank": 1, "stage": "denoise"})
     launcher = subprocess.Popen(

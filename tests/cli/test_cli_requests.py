@@ -49,6 +49,20 @@ def test_a_refused_request_fails_alone(spec: str, prompts: str, tmp_path: Path) 
     assert run_folders(tmp_path) == []
 
 
+def test_a_request_that_fails_alike_on_all_ranks_fails_alone(spec: str, prompts: str, tmp_path: Path) -> None:
+    fault = {"kind": "check", "rank": "all", "stage": "denoise", "request": 1}
+    done = light(spec, "--prompts", prompts, *TILING, tmp_path=tmp_path, fault=fault)
+    assert done.returncode == 1
+    (folder,) = run_folders(tmp_path)
+    words = "failed: the request failed in stage denoise, and the ranks are ready for others"
+    assert done.stderr.splitlines() == [
+        f"vaepp-run: {prompts}:3 {words}: no such size",
+        f"  the logs of all ranks are in {folder}",
+    ]
+    assert done.stdout.splitlines()[-1] == "2 requests served, 0 refused, 1 failed"
+    assert done.stdout.count("/pictures/") == 2
+
+
 def test_a_failure_names_its_request_and_reports_what_was_served(
     spec: str, prompts: str, tmp_path: Path
 ) -> None:

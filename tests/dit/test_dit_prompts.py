@@ -10,7 +10,7 @@ import torch
 from pipeline_jobs import CALL, loaded, resolved_for, run
 
 from vaepp_sdk.dit.prompts import PromptShare
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import OutputError, RankError, UnsupportedError
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.testing import run_ranks
@@ -91,21 +91,37 @@ VALUES: dict[str, Any] = {
 }
 
 
-def share_rank(rank: int) -> tuple[bool, str]:
+def fails(error: Exception) -> dict[str, Any]:
+    raise error
+
+
+def share_rank(rank: int) -> tuple[bool, list[str]]:
     group = DiTGroup.create(ParallelDims(cfg=2, ulysses=2), torch.device("cpu"))
     share = PromptShare.over(group)
     assert share.encodes == (rank == 0)
     found = share.share(lambda: VALUES)
     pairs = zip(tensors(found), tensors(VALUES), strict=True)
     same = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(UnsupportedError) as caught:
+    with pytest.raises(UnsupportedError) as odd:
         share.share(lambda: {"odd": object()})
-    return same and found["none"] is None and found["plain"] == VALUES["plain"], str(caught.value)
+    with pytest.raises(UnsupportedError) as refused:
+        share.share(lambda: fails(OutputError("no such prompt")))
+    with pytest.raises(RankError) as failed:
+        share.share(lambda: fails(KeyError("style\nof old")))
+    assert (failed.value.rank, failed.value.stage, failed.value.harmless) == (rank, "encode_prompt", True)
+    told = [str(odd.value), str(refused.value), failed.value.cause]
+    return same and found["none"] is None and found["plain"] == VALUES["plain"], told
 
 
 def test_values_arrive_as_they_are_and_others_are_refused_on_all_ranks() -> None:
     found = run_ranks(4, share_rank)
     assert all(same for same, _ in found)
-    assert {text for _, text in found} == {
-        "'odd' of the encoded prompts holds what cannot be sent to ranks: object"
-    }
+    assert all(
+        told
+        == [
+            "'odd' of the encoded prompts holds what cannot be sent to ranks: object",
+            "no such prompt",
+            r"KeyError: 'style\nof old'",
+        ]
+        for _, told in found
+    )

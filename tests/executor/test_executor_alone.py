@@ -17,12 +17,14 @@ from PIL import Image
 from pipeline_jobs import CALL, generators, loaded, resolved_for, run
 
 from vaepp_sdk.errors import OutputError, RankError, VaeppWarning
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.events import Event, Progress, StageEnd, StageStart
 from vaepp_sdk.executor import Executor
 from vaepp_sdk.markers import hookimpl
 from vaepp_sdk.nonfinite import bad_region
+from vaepp_sdk.parallel.exchanges import EXCHANGES
 from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.stages import StageRunner
 
 LONG, SHORT = "a futuristic city at sunset, high resolution, 8k", "cats"
 CASES: tuple[Mapping[str, Any], ...] = (
@@ -48,6 +50,26 @@ def plain(tiny_model: Path) -> Any:
     pipe = ZImagePipeline.from_pretrained(tiny_model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_a_check_is_harmless_before_the_first_exchange_of_its_stage() -> None:
+    events: list[Event] = []
+    runner = StageRunner(0, 2, torch.device("cpu"), Registry(), events.append)
+
+    def harmless(error: Exception, exchanges: int) -> bool:
+        def work() -> None:
+            for _ in range(exchanges):
+                EXCHANGES.begin()
+            raise error
+
+        with pytest.raises(RankError) as caught:
+            runner.run("denoise", 0, work)
+        return caught.value.harmless
+
+    assert harmless(ValueError("no such size"), 0)
+    assert not harmless(ValueError("no such size"), 1)
+    assert not harmless(torch.OutOfMemoryError("full"), 0)
+    assert not harmless(OSError("gone"), 0)
 
 
 def of_diffusers(plain: Any, case: Mapping[str, Any]) -> list[Image.Image]:
@@ -188,6 +210,9 @@ def test_files_hold_what_made_them(tiny_model: Path, tmp_path: Path) -> None:
     assert [Path(file).name for file in again.files] == ["0004-a-futuristic-city-at-sunset-seed7.png"]
     fresh = run(loaded(resolved), resolved, save=True)
     assert [Path(file).name for file in fresh.files] == ["0005-a-futuristic-city-at-sunset-seed7.png"]
+    # Two runs at once: the other one has taken the next name meanwhile.
+    between = run(executor, resolved, save=True)
+    assert [Path(file).name for file in between.files] == ["0006-a-futuristic-city-at-sunset-seed7.png"]
 
 
 def test_an_unusable_folder_is_refused_before_the_model_is_loaded(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from vaepp_sdk.errors import OutputError, UnsupportedError, VaeppWarning
-from vaepp_sdk.events import Progress, StageEnd, StageStart
+from vaepp_sdk.errors import OutputError, RankError, UnsupportedError, VaeppWarning
+from vaepp_sdk.events import LatentsKept, Progress, StageEnd, StageStart
 from vaepp_sdk.runtime.work import Answer, Seat
 
 
@@ -43,6 +43,8 @@ class Light:
             self.seat.observer(StageStart(**place, stage=stage, request=self.number))
             for step in range(request.get("steps", 2)):
                 self.seat.observer(Progress(stage=stage, done=step + 1, total=request.get("steps", 2)))
+            if stage == "denoise" and "kept" in request:
+                self.seat.observer(LatentsKept(request["kept"], self.number))
             self._fault(request, stage)
             end = StageEnd(**place, stage=stage, request=self.number, seconds=0.0, peak_bytes=1)
             self.seat.observer(end)
@@ -100,7 +102,7 @@ class Joined(Light):
 class Painter(Joined):
     """What a pipeline's work looks like from outside; faults come through the environment.
 
-    A fault may name the `request` it strikes in.
+    A fault may name the `request` it strikes in, and a folder of latents that are `kept` before it strikes.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -112,7 +114,8 @@ class Painter(Joined):
 
     def run(self, request: Mapping[str, Any]) -> Answer:
         strikes = self.fault.get("request") in (None, request["number"])
-        answer = super().run({**request, "fault": self.fault if strikes else None})
+        kept = {"kept": self.fault["kept"]} if "kept" in self.fault else {}
+        answer = super().run({**request, **kept, "fault": self.fault if strikes else None})
         stages = [
             {
                 "rank": self.seat.rank,
@@ -132,6 +135,10 @@ class Painter(Joined):
 def _strike(kind: str, rank: int) -> None:
     if kind == "raise":
         raise ValueError(f"struck on rank {rank}\nwith a second line")
+    if kind == "check":
+        raise RankError(rank, "denoise", "no such size", harmless=True)
+    if kind == "check apart":
+        raise RankError(rank, "denoise", f"no such size on rank {rank}", harmless=True)
     if kind == "refuse":
         raise UnsupportedError("this size is not served")
     if kind == "cannot save":

@@ -94,6 +94,15 @@ def test_a_rank_that_hangs_while_peers_wait(kind: str, how: str, stage: str, tmp
     assert seconds < (40 if stage == "load" else 12)
 
 
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+def test_a_rank_that_hangs_between_steps_is_found_by_the_stages_limit(stage: str, tmp_path: Path) -> None:
+    limits = LimitsSpec(**{stage: 2.0})
+    error, seconds = fail(JOINED, {"kind": "sleep", "rank": 1, "stage": stage}, limits, size=2)
+    cause = rf"it runs and does not come further at step 2 of 2; no step for 2 s \(\[limits\] {stage}\)"
+    check(error, 1, stage, cause, tmp_path)
+    assert seconds < 15  # the other limits are ten minutes and more
+
+
 def test_a_peer_that_times_out_is_not_blamed(tmp_path: Path) -> None:
     """The limit of one exchange ends it on a peer first; the rank that hangs is named all the same."""
     limits = LimitsSpec(exchange=4.0)

@@ -15,6 +15,8 @@ from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Event
 from vaepp_sdk.testing import run_ranks
 
+ALIKE = "the request failed in stage denoise, and the ranks are ready for others"
+
 
 def error_of(action: Callable[[], Any]) -> str:
     try:
@@ -36,10 +38,12 @@ def _many_requests(rank: int) -> list[Any]:
     engine.start()
     first = engine.run({"seed": 10 + rank, "steps": 1})  # ranks that drew other seeds take rank 0's
     refused = {"fault": {"kind": "refuse", "rank": "all", "stage": "encode_prompt"}, "seed": 0}
+    failed = {"fault": {"kind": "check", "rank": "all", "stage": "denoise"}, "seed": 0}
     found = [
         [value["echo"]["seed"] for value in first.values],
         len(first.pictures),
         error_of(lambda: engine.run(refused)),
+        error_of(lambda: engine.run(failed)),
         error_of(lambda: engine.run({"seed": 0, "size": 4 + rank})),
         [value["rank"] for value in engine.run({"seed": 0}).values],
         len(events) > 0,
@@ -54,6 +58,7 @@ def test_ranks_agree_and_stay_together() -> None:
             [10, 10],
             1,
             "UnsupportedError: this size is not served",
+            f"RequestError: {ALIKE}: no such size",
             "AgreementError: rank 0 and ranks [1] were asked for different pictures",
             [0, 1],
             rank == 0,

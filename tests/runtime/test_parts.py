@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,54 @@ from vaepp_sdk.errors import (
     UserError,
     VaeppError,
 )
+from vaepp_sdk.runtime import rank_main
 from vaepp_sdk.runtime.beats import Beat, Slot, make_beats
 from vaepp_sdk.runtime.channel import MAX_MESSAGE, Message, ParentChannel, encode
 from vaepp_sdk.runtime.inplace import Launch, check_size, find_launch
+from vaepp_sdk.runtime.job import RunFolder
 from vaepp_sdk.runtime.pictures import make_store, read_pictures, write_pictures
 from vaepp_sdk.runtime.process import Ending
 from vaepp_sdk.runtime.records import ErrorRecord, one_line, read_record, write_record
 from vaepp_sdk.runtime.stacks import waits_for_peers
 from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
+
+MAKER = "from vaepp_sdk.runtime.job import RunFolder as F; f = F.create(); print(f.path, flush=True); input()"
+
+
+def test_the_folder_of_a_process_that_was_killed_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = RunFolder.create()
+    kept.keep()
+    with subprocess.Popen(
+        [sys.executable, "-c", MAKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as other:
+        assert other.stdout is not None
+        left = Path(other.stdout.readline().strip())
+        mine = RunFolder.create()
+        assert set(tmp_path.iterdir()) == {kept.path, left, mine.path}, "it lives"
+        other.kill()
+    last = RunFolder.create()
+    assert set(tmp_path.iterdir()) == {kept.path, mine.path, last.path}
+    for folder in (mine, last):
+        folder.remove()
+    assert list(tmp_path.iterdir()) == [kept.path]
+
+
+def test_a_rank_whose_parent_is_gone_already_ends_at_once() -> None:
+    """The kernel tells of a parent's death only those that asked before it."""
+    ours, theirs = socket.socketpair()
+    not_the_parent = "1"
+    command = [sys.executable, "-P", rank_main.__file__, str(theirs.fileno()), not_the_parent]
+    done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=60, check=False)
+    assert done.returncode == 1
+    ours.close()
+    theirs.close()
 
 
 def channel_pair() -> tuple[ParentChannel, socket.socket]:
@@ -97,7 +140,7 @@ def test_slots_do_not_touch_each_other() -> None:
     slots = [Slot(descriptor, rank) for rank in range(3)]
     seen = Slot(descriptor, 1)
     os.close(descriptor)
-    assert seen.read() == Beat(0, 0, 0, 0, False, "start")
+    assert seen.read() == Beat(0, 0, 0, 0, 0, False, "start")
     for rank, slot in enumerate(slots):
         slot.enter(f"stage {rank}" + "x" * 60)
         slot.step(rank, 2**40)
@@ -105,7 +148,7 @@ def test_slots_do_not_touch_each_other() -> None:
     beat = seen.read()
     assert (beat.step, beat.total, beat.done, beat.alive) == (1, 2**40, False, 0)
     assert beat.stage == ("stage 1" + "x" * 60)[:48]
-    assert beat.moved > 0
+    assert beat.moved >= beat.entered > 0
     slots[1].tick()
     slots[1].enter("b")
     assert seen.read().stage == "b"
@@ -183,7 +226,7 @@ def test_a_cause_is_one_safe_line() -> None:
 def seen(rank: int, **changes: Any) -> Evidence:
     fields: dict[str, Any] = {
         "busy": True,
-        "beat": Beat(5, 5, 1, 9, False, "denoise"),
+        "beat": Beat(5, 5, 5, 1, 9, False, "denoise"),
         "record": None,
         "ending": None,
     }
@@ -227,7 +270,7 @@ def test_of_two_deaths_the_one_seen_first_is_named() -> None:
 
 
 def test_an_exit_code_of_0_counts_only_with_the_done_mark() -> None:
-    good = Beat(5, 5, 0, 0, True, "close")
+    good = Beat(5, 5, 5, 0, 0, True, "close")
     ranks = [seen(0, ending=Ending(code=0), beat=good), seen(1, ending=Ending(code=0))]
     assert where(judge(ranks, Trigger(0, "x"))) == (1, "its process ended early with exit code 0")
 

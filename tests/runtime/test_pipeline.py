@@ -10,7 +10,7 @@ from PIL import ImageChops
 from runtime.processes import wait_until_gone
 
 from vaepp_sdk import Pipeline, SpecError, VaeppWarning
-from vaepp_sdk.errors import RunError
+from vaepp_sdk.errors import RequestError, RunError
 from vaepp_sdk.runtime.pool import WorkerPool
 
 
@@ -57,7 +57,9 @@ def test_one_pipeline_serves_many_calls(tiny_model: Path, tmp_path: Path) -> Non
             pipe(height="96")
         with pytest.raises(SpecError, match=r"found 100; multiples of 16 work; 96 and 112 are nearest"):
             pipe(height=100)
-        assert len(pipe(seed=3).images) == 1, "a refused call harms nobody"
+        with pytest.raises(RequestError, match=r"in stage encode_prompt, .*: OverflowError: "):
+            pipe(max_sequence_length=-1)  # the one rank that encodes tells the other
+        assert len(pipe(seed=3).images) == 1, "a refused call harms nobody, nor does one that fails alike"
     assert wait_until_gone(pids, 0) == []
     with pytest.raises(RunError, match="closed"):
         pipe()

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 from runtime.processes import listeners, wait_until_gone
 
-from vaepp_sdk.errors import OutputError, RankError, RunError, UnsupportedError, VaeppWarning
+from vaepp_sdk.errors import (
+    OutputError,
+    RankError,
+    RequestError,
+    RunError,
+    UnsupportedError,
+    VaeppWarning,
+)
 from vaepp_sdk.events import Progress, StageEnd, StageStart
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Event
@@ -88,6 +95,7 @@ def test_serves_many_requests_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_ten_pools_one_after_the_other_from_a_thread() -> None:
     found: list[int] = []
+    held: set[tuple[int, int]] = set()
 
     def work() -> None:
         for _ in range(10):
@@ -96,11 +104,13 @@ def test_ten_pools_one_after_the_other_from_a_thread() -> None:
             found.extend(pool.pids())
             pool.run({})
             pool.close()
+            held.add((open_descriptors(), threading.active_count()))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert len(set(found)) == 10
+    assert len(held) == 1, "files and threads stay as many as they are"
     assert wait_until_gone(found, 0) == []
 
 
@@ -144,6 +154,33 @@ def test_a_refusal_of_all_ranks_fails_alone() -> None:
         pool.run({"fault": {"kind": "cannot save", "rank": 0, "stage": "save"}})
     assert len(pool.run({}).values) == 3
     pool.close()
+
+
+def test_a_check_that_fails_on_all_ranks_fails_the_request_alone(tmp_path: Path) -> None:
+    pool = make_pool(size=3)
+    pool.start()
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"in stage denoise, .*: no such size") as caught:
+            pool.run({"fault": {"kind": "check", "rank": "all", "stage": "denoise"}})
+        assert len(pool.run({}).values) == 3
+    (folder,) = run_folders(tmp_path)
+    assert caught.value.__notes__ == [f"the logs of all ranks are in {folder}"]
+    pool.close()
+    assert "RankError: rank 1 failed in stage denoise" in (folder / "rank1.log").read_text()
+
+
+@pytest.mark.parametrize(("kind", "who"), [("check apart", "all"), ("check", 1)])
+@pytest.mark.parametrize("target", [LIGHT, JOINED])
+def test_a_check_that_fails_otherwise_ends_the_pool(kind: str, who: Any, target: str) -> None:
+    """On one rank, or with other words: nobody knows where the others are."""
+    pool = make_pool(target)
+    pool.start()
+    pids = pool.pids()
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"rank [01] failed in stage denoise: no such size"):
+        pool.run({"fault": {"kind": kind, "rank": who, "stage": "denoise"}})
+    assert wait_until_gone(pids, 0) == []
+    assert time.monotonic() - started < 10
 
 
 def test_a_refusal_of_one_rank_ends_the_pool() -> None:

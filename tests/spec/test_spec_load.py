@@ -22,7 +22,7 @@ def test_defaults() -> None:
     assert spec.model == ModelSpec("org/name", dtype="bfloat16", device="auto")
     assert spec.parallel == ParallelSpec(1, 1, 1, 1, 1, 1, 1)
     assert spec.vae == VaeSpec(None, False, "auto", "rank0", {})
-    assert spec.limits == LimitsSpec(600.0, 3600.0, 86400.0, 600.0)
+    assert spec.limits == LimitsSpec(600.0, 3600.0, 60.0, 120.0, 86400.0, 600.0)
     assert (spec.call, spec.output) == ({}, None)
 
 

@@ -6,12 +6,12 @@ import json
 import warnings
 from collections.abc import Sequence
 
-from vaepp_sdk.cli.printing import safe
 from vaepp_sdk.cli.requests import requests_of
 from vaepp_sdk.errors import VaeppWarning
 from vaepp_sdk.pipeline import prepare
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.runtime.voice import safe
 from vaepp_sdk.spec import PipelineSpec
 from vaepp_sdk.vae_rules import serves_one_rank
 

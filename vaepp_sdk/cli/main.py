@@ -10,7 +10,6 @@ import argparse
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,11 @@ from types import FrameType
 from typing import TextIO
 
 import vaepp_sdk
-from vaepp_sdk.cli.printing import complain, first_to_say
 from vaepp_sdk.errors import VaeppError, VaeppWarning
 from vaepp_sdk.runtime.inplace import end_with_launcher
+from vaepp_sdk.runtime.voice import complain, first_to_say, tell
 
 __all__ = ["entry_point", "main"]
-
-_LINGER = 2.0
 
 
 class _SignalledError(BaseException):
@@ -58,29 +55,27 @@ def main(arguments: Sequence[str]) -> int:
             code: int = _command(options)
             sys.stdout.flush()
         except VaeppError as error:
-            _tell(str(error), *getattr(error, "__notes__", ()))
+            tell(str(error), *getattr(error, "__notes__", ()))
             return error.exit_code
         except BrokenPipeError:
             # Whoever read our output has gone; what is left in the buffer must not fail once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            _tell_end("SIGINT", error)
             return 128 + signal.SIGINT
         except _SignalledError as error:
-            if "RANK" in os.environ and first_to_say(str(error)):
-                complain(f"ended by {error}, as launchers do when another rank or node has failed")
+            _tell_end(str(error), error)
             return 128 + error.number
     return code
 
 
-def _tell(message: str, *notes: str) -> None:
-    """Complain once for all ranks of this machine that have the same to say."""
-    if not first_to_say(message):
-        return
-    complain(message, *notes)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        # The launcher ends the other ranks when this one exits; they are to find it said.
-        time.sleep(_LINGER)
+def _tell_end(signal_name: str, error: BaseException) -> None:
+    """Say that a signal ended this process where that is news: under a launcher, or with latents kept."""
+    joined, notes = "RANK" in os.environ, getattr(error, "__notes__", ())
+    if (joined or notes) and first_to_say(signal_name):
+        why = ", as launchers do when another rank or node has failed" if joined else ""
+        complain(f"ended by {signal_name}{why}", *notes)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,54 +1,15 @@
-"""What the command line prints: messages on stderr, results on stdout, nothing that a terminal obeys."""
+"""What the command line prints as results, on stdout, and who does where several ranks could."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import socket
-import sys
 from collections.abc import Mapping, Sequence
 
 import attrs
 
 from vaepp_sdk.events import StageEnd
-from vaepp_sdk.text import clean
 
-__all__ = ["StageRow", "complain", "first_to_say", "safe", "speaks", "stage_rows", "table"]
-
-_LINE = 2000
-_SAID: list[socket.socket] = []
-
-
-def safe(text: str) -> str:
-    """A text of several lines without anything a terminal would obey."""
-    return "\n".join(clean(line, _LINE) for line in text.split("\n"))
-
-
-def first_to_say(message: str) -> bool:
-    """Whether no other rank of this machine says the same; true where no launcher started several.
-
-    The first holds the message's name until it exits, so it must not exit before the others have come here.
-    """
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or sys.platform != "linux":
-        return True
-    job = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-    digest = hashlib.sha256("\n".join([*job, message]).encode(errors="replace")).hexdigest()
-    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        name.bind(f"\0vaepp-{digest}")  # a name of the kernel's, no file
-    except OSError:
-        name.close()
-        return False
-    _SAID.append(name)
-    return True
-
-
-def complain(message: str, *notes: str) -> None:
-    """One block on stderr; under a launcher it says which rank speaks, unless the message names one."""
-    rank = os.environ.get("RANK")
-    name = f"vaepp-run: rank {clean(rank)}" if rank and not message.startswith("rank ") else "vaepp-run"
-    lines = [f"{name}: {message}", *(f"  {note}" for note in notes)]
-    print(safe("\n".join(lines)), file=sys.stderr)
+__all__ = ["StageRow", "speaks", "stage_rows", "table"]
 
 
 def speaks() -> bool:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from vaepp_sdk.cli.printing import complain, safe, speaks, stage_rows, table
-from vaepp_sdk.errors import Fault, SpecError, UserError, VaeppError
+from vaepp_sdk.cli.printing import speaks, stage_rows, table
+from vaepp_sdk.errors import Fault, RequestError, SpecError, UserError, VaeppError
 from vaepp_sdk.pipeline import Pipeline, Result
+from vaepp_sdk.runtime.voice import complain, safe
 from vaepp_sdk.spec import PipelineSpec
 from vaepp_sdk.spec.prompts import NamedCall, Upcoming, read_prompts
 
 __all__ = ["requests_of", "serve"]
 
-_REFUSED = 2
-"""The exit code where a request was refused, whatever became of the others: the user's mistake."""
+_FAILED, _REFUSED = 1, 2
+"""The exit codes where a request failed, and where one was refused, which is the user's mistake."""
 
 
 @attrs.frozen
@@ -29,16 +31,13 @@ class _Outcome:
         name: where it stands.
         summary: what it gave, or why it gave nothing, as plain data.
         seconds: the slowest rank's, over all stages.
+        word: `served`, `refused`, or `failed` where it was not the user's mistake.
     """
 
     name: str
     summary: dict[str, Any]
     seconds: float = 0.0
-
-    @property
-    def refused(self) -> bool:
-        """Whether it was refused."""
-        return "error" in self.summary
+    word: str = "served"
 
 
 def requests_of(spec: PipelineSpec, prompts: str | None) -> Upcoming:
@@ -83,16 +82,19 @@ def serve(pipeline: Pipeline, calls: Sequence[NamedCall], *, as_json: bool, quie
         raise
     finally:
         _report(outcomes, pipeline.notices, as_json=as_json, quiet=quiet)
-    return _REFUSED if any(outcome.refused for outcome in outcomes) else 0
+    words = {outcome.word for outcome in outcomes}
+    return _FAILED if "failed" in words else _REFUSED if "refused" in words else 0
 
 
 def _served(pipeline: Pipeline, call: NamedCall, *, as_json: bool) -> _Outcome:
     try:
         result = pipeline(**call.arguments)
-    except UserError as error:
+    except (UserError, RequestError) as error:
+        word = "refused" if isinstance(error, UserError) else "failed"
         if speaks():
-            complain(f"{call.name} is refused: {error}", *getattr(error, "__notes__", ()))
-        return _Outcome(call.name, {"error": str(error)})
+            told = f"{call.name} {'is refused' if word == 'refused' else 'failed'}: {error}"
+            complain(told, *getattr(error, "__notes__", ()))
+        return _Outcome(call.name, {"error": str(error)}, word=word)
     if speaks() and not as_json:
         for file in result.files:
             print(safe(file), flush=True)
@@ -116,16 +118,17 @@ def _report(outcomes: Sequence[_Outcome], notices: Sequence[str], *, as_json: bo
         requests = [{"request": outcome.name, **outcome.summary} for outcome in outcomes]
         print(json.dumps({"requests": requests, "notices": list(notices)}, indent=2))
     elif not quiet:
-        refused = sum(outcome.refused for outcome in outcomes)
+        words = Counter(outcome.word for outcome in outcomes)
+        failed = f", {words['failed']} failed" if words["failed"] else ""
         print()
         print(safe(table([_row(outcome) for outcome in outcomes])))
         print()
-        print(f"{len(outcomes) - refused} requests served, {refused} refused")
+        print(f"{words['served']} requests served, {words['refused']} refused{failed}")
 
 
 def _row(outcome: _Outcome) -> dict[str, str]:
-    if outcome.refused:
-        return {"request": outcome.name, "seed": "-", "seconds": "-", "files": "refused"}
+    if outcome.word != "served":
+        return {"request": outcome.name, "seed": "-", "seconds": "-", "files": outcome.word}
     files, seed = len(outcome.summary["files"]), outcome.summary["seed"]
     seconds = f"{outcome.seconds:.2f}"
     return {"request": outcome.name, "seed": str(seed), "seconds": seconds, "files": str(files)}

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import attrs
 
-from vaepp_sdk.cli.printing import safe, speaks, stage_rows, table
+from vaepp_sdk.cli.printing import speaks, stage_rows, table
 from vaepp_sdk.cli.progress import Bars
 from vaepp_sdk.cli.requests import requests_of, serve
 from vaepp_sdk.kept import KeptRun
 from vaepp_sdk.pipeline import Pipeline, Result
+from vaepp_sdk.runtime.voice import safe
 from vaepp_sdk.spec import PipelineSpec
 
 __all__ = ["resume", "run"]

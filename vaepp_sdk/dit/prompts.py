@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
+import torch.distributed as dist
 
 from vaepp_sdk.dit.row import Row
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import RankError, UnsupportedError, UserError, VaeppError, is_check
 from vaepp_sdk.parallel.dims import AXES
 from vaepp_sdk.parallel.group import DiTGroup
 
@@ -21,6 +23,9 @@ _ALIGNMENT = 16
 
 _KINDS = "float32", "bfloat16", "float16", "float64", "int64", "int32", "bool"
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _KINDS}
+
+_PROBLEM, _REFUSED, _FAILED = "", "refused", "failed"
+"""What stands in place of the arguments where there are none, and the kinds of it."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -61,21 +66,36 @@ class PromptShare:
 
         Raises:
             PeerError: a rank is gone, or did not answer in time.
-            UnsupportedError: an argument is neither tensor, plain value, nor list or dict of those.
+            UnsupportedError: an argument is neither tensor, plain value, nor list or dict of those; on every
+                rank alike, as is a refusal of `encode`.
+            RankError: `encode` failed in a check; on every rank alike.
         """
-        encoded = encode() if self.encodes else {}
         if all(row.size == 1 for row in self.rows):
-            return encoded
-        header, payload = self._packed(encoded) if self.encodes else (b"", torch.empty(0, dtype=torch.uint8))
+            return encode()
+        encoded, problem = self._tried(encode) if self.encodes else ({}, None)
+        header, payload = b"", torch.empty(0, dtype=torch.uint8)
+        if self.encodes:
+            header, payload = self._packed(encoded if problem is None else {_PROBLEM: problem})
         for place, row in enumerate(self.rows):
             # Ranks behind the first of a later row wait for that row's turn.
             if row.size > 1 and all(later.index == 0 for later in self.rows[place + 1 :]):
                 header, payload = self._told(row, header, payload)
         found: dict[str, Any] = _unpacked(json.loads(header), payload)
-        refused = found.pop("", None)
-        if refused is not None:
-            raise UnsupportedError(refused)
+        if _PROBLEM in found:
+            _raise(*found[_PROBLEM])
         return encoded if self.encodes else found
+
+    def _tried(self, encode: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str] | None]:
+        """What is encoded, or why nothing is: the others wait, and are to say the same."""
+        try:
+            return encode(), None
+        except UserError as error:
+            return {}, [_REFUSED, str(error)]
+        except Exception as error:
+            if not is_check(error) or isinstance(error, VaeppError):
+                raise
+            traceback.print_exc()  # the others' errors have no traceback, and neither has the one raised here
+            return {}, [_FAILED, _one_line(error)]
 
     def _packed(self, encoded: dict[str, Any]) -> tuple[bytes, torch.Tensor]:
         """The description of all arguments, and the bytes of their tensors."""
@@ -84,7 +104,7 @@ class PromptShare:
             header = _described(encoded, "", pieces)
         except UnsupportedError as error:
             # Told to all: the others wait for it.
-            header, pieces = {"dict": {"": {"plain": str(error)}}}, []
+            header, pieces = _described({_PROBLEM: [_REFUSED, str(error)]}, "", []), []
         payload = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
         return json.dumps(header).encode(), payload.to(self.device)
 
@@ -100,6 +120,17 @@ class PromptShare:
         if count:
             row.broadcast(payload, 0, "encoded prompts")
         return bytes(text.cpu().tolist()), payload
+
+
+def _raise(kind: str, what: str) -> NoReturn:
+    if kind == _REFUSED:
+        raise UnsupportedError(what)
+    raise RankError(dist.get_rank(), "encode_prompt", what, harmless=True)
+
+
+def _one_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _described(value: Any, name: str, pieces: list[torch.Tensor]) -> dict[str, Any]:

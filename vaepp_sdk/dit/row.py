@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from vaepp_sdk.errors import PeerError
+from vaepp_sdk.parallel.exchanges import EXCHANGES
 
 __all__ = ["Passing", "Row", "even_parts"]
 
@@ -165,7 +166,8 @@ class Row:
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Say which ranks a failed exchange waited for."""
+        """Count an exchange, and say which ranks it waited for where it fails."""
+        EXCHANGES.begin()
         try:
             yield
         except RuntimeError as error:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vaepp_sdk.errors import PeerError
+from vaepp_sdk.parallel.exchanges import EXCHANGES
 
 __all__ = ["TO_ALL", "Finish", "Pending", "Recv", "Send", "Traffic", "VaeGroup", "Watch", "backend_of"]
 
@@ -201,6 +202,7 @@ class VaeGroup:
         if not operations:
             return Pending(self, what, [], [], torch.device("cpu"))
         peers = [operation.group_peer for operation in operations]
+        EXCHANGES.begin()
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
@@ -228,6 +230,7 @@ class VaeGroup:
             self.traffic.add(tensor, self.world_size - 1)
         self._note(source, TO_ALL, tensor)
         staged = self._staged(tensor)
+        EXCHANGES.begin()
         try:
             work = dist.broadcast(staged, group=self.process_group, group_src=source, async_op=True)
             assert work is not None
@@ -271,6 +274,7 @@ class VaeGroup:
         held = self._shared.fill_(-1)
         held[self.rank] = value
         others = [rank for rank in range(self.world_size) if rank != self.rank]
+        EXCHANGES.begin()
         try:
             work = dist.all_reduce(held, dist.ReduceOp.MAX, group=self.process_group, async_op=True)
             assert work is not None

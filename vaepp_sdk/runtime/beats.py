@@ -17,9 +17,9 @@ import attrs
 
 __all__ = ["Beat", "Slot", "keep_ticking", "make_beats"]
 
-_LAYOUT = struct.Struct("=qqqqq48s")
+_LAYOUT = struct.Struct("=qqqqqqq48s")
 _SLOT = 128  # two cache lines, so that ranks do not write to a line they share
-_ALIVE, _MOVED, _STEP, _TOTAL, _DONE, _STAGE = 0, 8, 16, 24, 32, 40
+_ALIVE, _ENTERED, _MOVED, _STEP, _TOTAL, _DONE, _EXCHANGES, _STAGE = range(0, 64, 8)
 _INTEGER = struct.Struct("=q")
 _TICK = 0.25
 
@@ -30,19 +30,23 @@ class Beat:
 
     Attributes:
         alive: when the rank's ticking thread last ran, monotonic seconds; 0 before its first tick.
+        entered: when its work entered the stage, monotonic seconds.
         moved: when its work last entered a stage or made a step, monotonic seconds.
         step: steps done in the stage.
         total: steps of the stage; 0 where unknown.
         done: whether the rank has ended its work in good order.
         stage: the stage it is in.
+        exchanges: how many with other ranks it has begun there.
     """
 
     alive: float
+    entered: float
     moved: float
     step: int
     total: int
     done: bool
     stage: str
+    exchanges: int = 0
 
 
 class Slot:
@@ -56,6 +60,7 @@ class Slot:
     def __init__(self, descriptor: int, rank: int) -> None:
         self._memory = mmap.mmap(descriptor, 0)
         self._start = rank * _SLOT
+        self._exchanges = 0
 
     def tick(self) -> None:
         """Note that the process runs."""
@@ -63,9 +68,13 @@ class Slot:
 
     def enter(self, stage: str) -> None:
         """Note that the work enters a stage."""
+        self._write(_ENTERED, time.monotonic_ns())
+        self._exchanges = 0
+        self._write(_EXCHANGES, 0)
+        self.step(0, 0)
+        # Last, so that nobody who looks in between takes the time of the stage before for that of this one.
         name = stage.encode()[:48].ljust(48, b"\0")
         self._memory[self._start + _STAGE : self._start + _STAGE + 48] = name
-        self.step(0, 0)
 
     def step(self, done: int, total: int) -> None:
         """Note that the work has done `done` of `total` steps."""
@@ -73,15 +82,22 @@ class Slot:
         self._write(_TOTAL, total)
         self._write(_MOVED, time.monotonic_ns())
 
+    def exchange(self) -> None:
+        """Note that the work begins an exchange with other ranks."""
+        self._exchanges += 1
+        self._write(_EXCHANGES, self._exchanges)
+
     def finish(self) -> None:
         """Leave the done mark: the only thing that makes exit code 0 a good end."""
         self._write(_DONE, 1)
 
     def read(self) -> Beat:
         """What the slot says now."""
-        alive, moved, step, total, done, stage = _LAYOUT.unpack_from(self._memory, self._start)
+        alive, entered, moved, step, total, done, exchanges, stage = _LAYOUT.unpack_from(
+            self._memory, self._start
+        )
         name = stage.rstrip(b"\0").decode(errors="replace") or "start"
-        return Beat(alive / 1e9, moved / 1e9, step, total, bool(done), name)
+        return Beat(alive / 1e9, entered / 1e9, moved / 1e9, step, total, bool(done), name, exchanges)
 
     def close(self) -> None:
         """Unmap the memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -21,10 +22,14 @@ _PR_SET_PDEATHSIG = 1
 def end_with_launcher() -> None:
     """Let the kernel kill this process when the launcher is gone: a killed launcher leaves its ranks alive.
 
-    Linux only; elsewhere nothing happens.
+    To be called before anything that takes long is imported. Linux only; elsewhere nothing happens.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != launcher:  # it was gone before the kernel was asked
+        os._exit(1)
 
 
 @attrs.frozen(kw_only=True)

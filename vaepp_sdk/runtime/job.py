@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +16,8 @@ import attrs
 from vaepp_sdk.spec.classes import LimitsSpec
 
 __all__ = ["Job", "RunFolder"]
+
+_PREFIX, _OWNER = "vaepp-run-", "owner"
 
 
 @attrs.frozen(kw_only=True)
@@ -34,14 +39,27 @@ class Job:
 
 @attrs.frozen
 class RunFolder:
-    """A folder that only this user can read, with the logs and error files of one job."""
+    """A folder that only this user can read, with the logs and error files of one job.
+
+    Where the process that made it is killed nobody can remove it: the next job does, told by the lock that
+    the kernel has taken off its `owner` file.
+    """
 
     path: Path
+    _owner: int
 
     @classmethod
     def create(cls) -> RunFolder:
         """Make a new one under the system's folder for temporary files."""
-        return cls(Path(tempfile.mkdtemp(prefix="vaepp-run-")))
+        parent = Path(tempfile.gettempdir())
+        _sweep(parent)
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Locked before it has its name, so that nobody ever finds it without the lock.
+        unnamed = path / "new"
+        owner = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        unnamed.rename(path / _OWNER)
+        return cls(path, owner)
 
     def log(self, rank: int) -> Path:
         """What a rank prints."""
@@ -55,6 +73,31 @@ class RunFolder:
         """The stacks of a rank that was asked for them."""
         return self.path / f"rank{rank}.stacks"
 
+    def keep(self) -> None:
+        """Leave it to the user, who has been told of it."""
+        (self.path / _OWNER).unlink(missing_ok=True)
+        os.close(self._owner)
+
     def remove(self) -> None:
         """Remove the folder and all in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._owner)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove this user's folders whose process was killed."""
+    for owner in parent.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError):  # another's, or another job is faster
+            if owner.parent.lstat().st_uid == os.getuid() and _is_free(owner):
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _is_free(owner: Path) -> bool:
+    descriptor = os.open(owner, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

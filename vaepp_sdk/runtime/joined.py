@@ -14,13 +14,15 @@ from datetime import timedelta
 from typing import Any
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import AgreementError, PeerError, RunError, UserError
-from vaepp_sdk.events import LatentsKept, StageStart
+from vaepp_sdk.errors import AgreementError, PeerError, RankError, RunError, UserError
+from vaepp_sdk.events import LatentsKept, Progress, StageStart
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Answers, Event
-from vaepp_sdk.runtime.records import ErrorRecord
+from vaepp_sdk.runtime.records import ErrorRecord, alike
+from vaepp_sdk.runtime.voice import tell
+from vaepp_sdk.runtime.watchdog import Watchdog
 from vaepp_sdk.runtime.work import Answer, RankWork, Seat
 
 __all__ = ["JoinedRank"]
@@ -28,6 +30,10 @@ __all__ = ["JoinedRank"]
 _GRACE = {"user": 5.0, "peer": 2.0, "own": 0.0}
 """How long a rank that failed listens to the others before it raises, in seconds: refusals come from all
 alike, and what a peer caused is best told in the peer's words."""
+
+
+_ALIKE_GRACE = 1.0
+"""How long a rank whose check failed waits for the others to fail alike."""
 
 
 class JoinedRank:
@@ -45,6 +51,7 @@ class JoinedRank:
         self._on_event = on_event
         self._stage = "boot"
         self._runs = 0
+        self._watchdog = Watchdog(job.limits, self._stuck)
         self._work: RankWork | None = None
         self._board: Board
 
@@ -70,6 +77,7 @@ class JoinedRank:
         Raises:
             AgreementError: the ranks were not asked for the same.
             UserError: a rank refused the request; all raise alike.
+            RequestError: all ranks failed alike before they exchanged anything; they stay together.
             RankError: a rank failed.
         """
         work = self._work
@@ -77,7 +85,8 @@ class JoinedRank:
             raise RunError("this rank has left its job")
         self._runs += 1
         self._stage = "request"
-        with self._limit("request"):
+        self._watchdog.enter("request")
+        with self._limit("request"), self._watchdog.watching():
             agreed = self._agree(request)
             values, answer = self._together(f"answer {self._runs}", lambda: work.run(agreed))
         return Answers(values, [answer.pictures])
@@ -102,6 +111,9 @@ class JoinedRank:
     def _observe(self, event: Event) -> None:
         if isinstance(event, StageStart):
             self._stage = event.stage
+            self._watchdog.enter(event.stage)
+        elif isinstance(event, Progress):
+            self._watchdog.step(event.done, event.total)
         if self._launch.rank == 0 or isinstance(event, LatentsKept):
             self._on_event(event)
 
@@ -130,12 +142,16 @@ class JoinedRank:
     def _failure(self, name: str, error: Exception) -> Exception:
         """What to raise for an error on this rank: its own, or the one of another rank that caused it."""
         mine = ErrorRecord.of(error, self._launch.rank, self._stage)
+        harmless = isinstance(error, RankError) and error.harmless
         found: dict[int, Any] = {self._launch.rank: {}}
         # The store may be gone with the rank or the node that held it.
         with contextlib.suppress(RuntimeError):
             self._board.post(name, {"record": mine.to_dict()})
-            found = self._board.read(name, _GRACE[mine.kind])
-            first = _records(found)[0]
+            found = self._board.read(name, _ALIKE_GRACE if harmless else _GRACE[mine.kind])
+            records = _records(found)
+            if harmless and len(records) == self._launch.world_size and alike(records):
+                return mine.refusal()
+            first = records[0]
             if mine.kind == "peer" and first.kind != "peer":
                 return first.error()
         if mine.kind == "peer":
@@ -159,6 +175,17 @@ class JoinedRank:
             yield
         finally:
             timer.cancel()
+
+    def _stuck(self, what: str) -> None:
+        """End this process, whose work stands still: its peers may wait for it for hours."""
+        error = RankError(self._launch.rank, self._stage, what)
+        record = ErrorRecord.of(error, self._launch.rank, self._stage)
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._board.post(f"answer {self._runs}", {"record": record.to_dict()})
+        faulthandler.dump_traceback(sys.stderr)
+        tell(str(error))
+        sys.stderr.flush()
+        os._exit(1)
 
     def _give_up(self, phase: str) -> None:
         limit = getattr(self._job.limits, phase)

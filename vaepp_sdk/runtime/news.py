@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vaepp_sdk.errors import UserError, VaeppError
+from vaepp_sdk.errors import VaeppError
 from vaepp_sdk.events import Event, LatentsKept, Progress, StageEnd, StageStart
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class Answers:
 
 @attrs.frozen
 class Refused:
-    """All ranks alike refused a request; they are ready for the next."""
+    """All ranks alike refused a request, or failed in it; they are ready for the next."""
 
-    error: UserError
+    error: VaeppError
 
 
 @attrs.frozen

@@ -59,6 +59,7 @@ class WorkerPool:
 
         Raises:
             UserError: all ranks refused it alike; the pool goes on.
+            RequestError: all ranks failed alike before they exchanged anything; the pool goes on.
             RankError: a rank failed; the pool has ended.
             RunError: the pool has ended before, or belongs to another process.
         """

@@ -19,6 +19,7 @@ import attrs
 from vaepp_sdk.runtime.beats import Slot
 from vaepp_sdk.runtime.channel import ParentChannel, encode
 from vaepp_sdk.runtime.job import Job, RunFolder
+from vaepp_sdk.runtime.pace import Pace
 from vaepp_sdk.runtime.pictures import make_store
 
 __all__ = ["Ending", "RankProcess", "end_all", "spawn"]
@@ -60,6 +61,7 @@ class RankProcess:
         pictures_fd: where its pictures arrive.
         phase: `boot`, `load`, `idle`, `request` or `close`, as far as it has told.
         since: when the phase began, monotonic seconds.
+        pace: how long its steps take.
     """
 
     rank: int
@@ -70,6 +72,7 @@ class RankProcess:
     pictures_fd: int
     phase: str = "boot"
     since: float = attrs.field(factory=time.monotonic)
+    pace: Pace = attrs.field(factory=Pace)
 
     def enter(self, phase: str) -> None:
         """Note that the rank is in another phase."""

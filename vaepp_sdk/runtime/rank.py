@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,8 +19,9 @@ from typing import Any, TextIO
 import attrs
 
 from vaepp_sdk.entries import load_object
-from vaepp_sdk.errors import UserError, VaeppWarning
+from vaepp_sdk.errors import RankError, UserError, VaeppWarning
 from vaepp_sdk.events import Event, Progress, StageStart
+from vaepp_sdk.parallel.exchanges import EXCHANGES
 from vaepp_sdk.runtime.beats import Slot, keep_ticking
 from vaepp_sdk.runtime.channel import Message, RankChannel
 from vaepp_sdk.runtime.pictures import write_pictures
@@ -100,6 +102,7 @@ class _Rank:
     def live(self, inbox: queue.SimpleQueue[Message]) -> None:
         """Boot, load and serve until `close`."""
         warnings.showwarning = self._show_warning
+        EXCHANGES.listener = self._slot.exchange
         work: RankWork = load_object(self._target, "the runtime")(self._seat)
         work.join()
         self._slot.enter("load")
@@ -118,11 +121,21 @@ class _Rank:
         try:
             answer = work.run(request)
         except UserError as error:
-            record = ErrorRecord.of(error, self._seat.rank, self._slot.read().stage)
-            self._channel.send({"kind": "refused", "record": record.to_dict()})
+            self._refuse(error)
+            return
+        except RankError as error:
+            if not error.harmless:
+                raise
+            traceback.print_exception(error)  # in this rank's log
+            self._refuse(error)
             return
         headers = write_pictures(self._pictures_fd, answer.pictures)
         self._channel.send({"kind": "answer", "value": dict(answer.value), "pictures": headers})
+
+    def _refuse(self, error: Exception) -> None:
+        """Say why a request is not served, and wait whether the other ranks say the same."""
+        record = ErrorRecord.of(error, self._seat.rank, self._slot.read().stage)
+        self._channel.send({"kind": "refused", "record": record.to_dict()})
 
     def _observe(self, event: Event) -> None:
         """Note an event in the slot; rank 0's go to the parent too."""

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from vaepp_sdk.errors import (
     OutputError,
     PeerError,
     RankError,
+    RequestError,
     UnsupportedError,
     UserError,
     VaeppError,
 )
 from vaepp_sdk.text import clean
 
-__all__ = ["ErrorRecord", "one_line", "read_record", "write_record"]
+__all__ = ["ErrorRecord", "alike", "one_line", "read_record", "write_record"]
 
 _PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _PEER_WORDS = re.compile(
@@ -94,9 +96,18 @@ class ErrorRecord:
             return AgreementError(self.message)
         return RankError(self.rank, self.stage, self.cause)
 
+    def refusal(self) -> VaeppError:
+        """What failed a request where all ranks say the same: they are ready for the next."""
+        return self.user_error() if self.kind == "user" else RequestError(self.stage, self.cause)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return attrs.asdict(self)
+
+
+def alike(records: Sequence[ErrorRecord]) -> bool:
+    """Whether ranks raised the same in the same stage."""
+    return len({(one.stage, one.name, one.message) for one in records}) == 1
 
 
 def one_line(text: str, limit: int = 300) -> str:

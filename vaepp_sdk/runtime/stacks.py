@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +12,12 @@ from pathlib import Path
 from vaepp_sdk.runtime.job import RunFolder
 from vaepp_sdk.runtime.process import RankProcess
 
-__all__ = ["ask_for_stacks", "waits_for_peers"]
+__all__ = ["ask_for_stacks", "thread_waits", "waits_for_peers"]
 
 _ANSWER_TIME = 0.5
 _THREAD = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
 _FRAME = re.compile(r'File "([^"]+)", line \d+ in (\S+)')
-_WAITS = ("vaepp_sdk/parallel/view.py", "vaepp_sdk/parallel/gate.py")
+_WAITS = tuple(f"vaepp_sdk/{name}.py" for name in ("parallel/view", "parallel/gate", "runtime/board"))
 _INNERMOST = 4
 """Frames looked at: an exchange's own code lies between its caller and the wait in C."""
 
@@ -41,6 +42,15 @@ def waits_for_peers(stacks: str) -> bool:
         if frames and Path(frames[-1][0]).name == "rank_main.py":
             return any(_is_exchange(file) for file, _ in frames[:_INNERMOST])
     return False
+
+
+def thread_waits(ident: int) -> bool:
+    """Whether a thread of this process stands inside an exchange with other ranks; false once it is gone."""
+    frame, files = sys._current_frames().get(ident), list[str]()
+    while frame is not None and len(files) < _INNERMOST:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return any(_is_exchange(file) for file in files)
 
 
 def _is_exchange(file: str) -> bool:

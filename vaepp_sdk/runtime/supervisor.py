@@ -14,17 +14,18 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vaepp_sdk.errors import RunError, UserError, VaeppError
-from vaepp_sdk.runtime.beats import make_beats
+from vaepp_sdk.runtime.beats import Beat, make_beats
 from vaepp_sdk.runtime.channel import Message, encode
 from vaepp_sdk.runtime.job import Job, RunFolder
 from vaepp_sdk.runtime.news import Answers, Ended, Happened, News, Ready, Refused, Warned, event_from
+from vaepp_sdk.runtime.pace import stall
 from vaepp_sdk.runtime.pictures import read_pictures
 from vaepp_sdk.runtime.process import RankProcess, end_all, spawn
-from vaepp_sdk.runtime.records import ErrorRecord, one_line, read_record
+from vaepp_sdk.runtime.records import ErrorRecord, alike, one_line, read_record
 from vaepp_sdk.runtime.rendezvous import listen
 from vaepp_sdk.runtime.stacks import ask_for_stacks
 from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
@@ -34,8 +35,8 @@ __all__ = ["Supervisor"]
 _TURN = 0.25
 _EVIDENCE_TIME = 0.5
 _CLOSE_LIMIT = 10.0
-_REFUSAL_GRACE = 5.0
-"""After the first rank refused a request: how long the others may take to say the same."""
+_REFUSAL_GRACE, _CHECK_GRACE = 5.0, 1.0
+"""After the first rank refused a request, or a check failed: how long the others may take to say the same."""
 
 _LIMIT_NAMES = {"boot": "starting", "load": "loading", "request": "a request"}
 
@@ -56,6 +57,7 @@ class Supervisor:
         self._watch(self._ear, self._obey)
         self._closing_since: float | None = None
         self._now = False
+        self._has_folder = self._keeps_logs = False
         self._thread = threading.Thread(target=self._live, name="vaepp-supervisor", daemon=True)
 
     def start(self) -> None:
@@ -106,6 +108,8 @@ class Supervisor:
             failure = (
                 error if isinstance(error, VaeppError) else RunError(f"the supervisor failed: {error!r}")
             )
+            if self._has_folder:
+                failure.add_note(self._logs())
             ended = Ended(failure)
         finally:
             self._release()
@@ -113,6 +117,7 @@ class Supervisor:
 
     def _start_ranks(self) -> None:
         self._folder = RunFolder.create()
+        self._has_folder = True
         beats_fd = make_beats(self._job.world_size)
         try:
             with listen() as listener:
@@ -208,16 +213,29 @@ class Supervisor:
             read_pictures(rank.pictures_fd, answer.get("pictures", []))
             for rank, answer in zip(self._ranks, ordered, strict=True)
         ]
-        refusals = [ErrorRecord(**one["record"]) for one in ordered if one["kind"] == "refused"]
+        refusals = self._refusals()
         if not refusals:
             self.news.put(Answers([one["value"] for one in ordered], pictures))
-            return
-        alike = len(refusals) == len(ordered) and len({one.message for one in refusals}) == 1
-        # Saving exchanges nothing, so a rank that cannot save leaves no other rank waiting.
-        if alike or all(one.stage == "save" for one in refusals):
-            self.news.put(Refused(refusals[0].user_error()))
+        elif (len(refusals) == len(ordered) and alike(refusals)) or _harms_nobody(refusals):
+            self.news.put(Refused(self._refused(refusals[0])))
         else:
             self._suspect(self._ranks[refusals[0].rank], refusals[0].cause)
+
+    def _refusals(self) -> list[ErrorRecord]:
+        """What ranks have said of a request that they do not serve, by rank."""
+        answers = (self._answers[rank] for rank in sorted(self._answers))
+        return [ErrorRecord(**one["record"]) for one in answers if one["kind"] == "refused"]
+
+    def _refused(self, record: ErrorRecord) -> VaeppError:
+        error = record.refusal()
+        if not isinstance(error, UserError):
+            error.add_note(self._logs())
+        return error
+
+    def _logs(self) -> str:
+        """Where to read more; told of, the folder stays."""
+        self._keeps_logs = True
+        return f"the logs of all ranks are in {self._folder.path}"
 
     def _gone(self, rank: RankProcess) -> None:
         self._selector.unregister(rank.pidfd)
@@ -241,12 +259,30 @@ class Supervisor:
                 self._suspect(rank, f"the limit for {name} is {limit:g} s ([limits] {rank.phase})")
             elif now - max(rank.slot.read().alive, rank.since) > limits.exchange:
                 self._suspect(rank, f"no heartbeat for {limits.exchange:g} s ([limits] exchange)")
-            elif self._refusal_is_lonely(now):
+            elif self._refusal_is_lonely(rank, now):
                 self._suspect(rank, "it did not answer a request that another rank refused")
+        self._watch_steps(now)
 
-    def _refusal_is_lonely(self, now: float) -> bool:
-        refused = [rank for rank, answer in self._answers.items() if answer["kind"] == "refused"]
-        return any(now - self._ranks[rank].since > _REFUSAL_GRACE for rank in refused)
+    def _watch_steps(self, now: float) -> None:
+        """Find that nobody who works on a request comes further."""
+        busy = [rank for rank in self._ranks if rank.phase == "request"]
+        beats = [(rank.slot.read(), rank.pace) for rank in busy]
+        for beat, pace in beats:
+            pace.note(beat)
+        found = stall(beats, now, self._job.limits)
+        if found is not None:
+            self._suspect(busy[found.place], found.what)
+
+    def _refusal_is_lonely(self, busy: RankProcess, now: float) -> bool:
+        """Whether a rank that still works will not say what another one has said."""
+        beat = busy.slot.read()
+        for refusal in self._refusals():
+            grace = _REFUSAL_GRACE if refusal.kind == "user" else _CHECK_GRACE
+            if now - self._ranks[refusal.rank].since > grace:
+                return True
+            if refusal.kind != "user" and _is_past(beat, refusal):
+                return True
+        return False
 
     def _end(self) -> Ended:
         """End every rank and say how the job ended."""
@@ -254,9 +290,7 @@ class Supervisor:
         end_all(self._ranks)  # those that have left may have left children
         if error or self._now:
             if error and not isinstance(error, UserError):
-                error.add_note(f"the logs of all ranks are in {self._folder.path}")
-            else:
-                self._folder.remove()
+                error.add_note(self._logs())
             return Ended(error)
         return self._leave_taken()
 
@@ -266,8 +300,7 @@ class Supervisor:
             ending = rank.ending()
             if ending is None or ending.code != 0 or not rank.slot.read().done:
                 what = f"rank {rank.rank} did not end in good order: {ending}"
-                return Ended(warning=f"{what}; the logs of all ranks are in {self._folder.path}")
-        self._folder.remove()
+                return Ended(warning=f"{what}; {self._logs()}")
         return Ended()
 
     def _judge(self) -> VaeppError:
@@ -299,9 +332,23 @@ class Supervisor:
     def _release(self) -> None:
         for rank in self._ranks:
             rank.release()
+        if self._has_folder:
+            self._folder.keep() if self._keeps_logs else self._folder.remove()
         self._selector.close()
         self._ear.close()
         self._bell.close()
+
+
+def _is_past(beat: Beat, failure: ErrorRecord) -> bool:
+    """Whether a rank has passed the place where a check failed on another."""
+    if beat.stage == failure.stage:
+        return beat.exchanges > 0
+    return beat.entered * 1e9 > failure.time
+
+
+def _harms_nobody(refusals: Sequence[ErrorRecord]) -> bool:
+    """Saving exchanges nothing, and neither does a pipeline that one rank runs whole: no rank is waiting."""
+    return all(one.stage in ("save", "call") for one in refusals)
 
 
 def _last_line(text: str) -> str:

@@ -61,8 +61,9 @@ class Answer:
 class RankWork(Protocol):
     """The work of one rank; made by calling the target with a `Seat`.
 
-    Every method is called on all ranks alike. A `UserError` out of `run`, raised before the first exchange
-    with the same words on every rank, refuses the request and nothing more; anything else ends the job.
+    Every method is called on all ranks alike. A `UserError` out of `run`, or a `RankError` that is
+    `harmless`, raised before the first exchange with the same words on every rank, fails the request and
+    nothing more; anything else ends the job.
     """
 
     def join(self) -> None:

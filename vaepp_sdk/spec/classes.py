@@ -211,7 +211,20 @@ class LimitsSpec:
     """`[limits]`: the longest waits, in seconds. A wait that ends ends the run, with the ranks named."""
 
     boot: float = attrs.field(default=600.0, metadata=_seconds("Until every rank has started and joined."))
-    load: float = attrs.field(default=3600.0, metadata=_seconds("For loading the model."))
+    load: float = attrs.field(
+        default=3600.0, metadata=_seconds("For loading the model, and for the first step of a stage.")
+    )
+    denoise: float = attrs.field(
+        default=60.0,
+        metadata=_seconds(
+            "Without a step on any rank in `denoise`; 20 usual steps where that is more. The default is "
+            "`exchange` where `model.compile` is on: later steps too may compile."
+        ),
+    )
+    decode: float = attrs.field(
+        default=120.0,
+        metadata=_seconds("The same in `decode`, whose steps are tiles, or exchanges between bands of rows."),
+    )
     request: float = attrs.field(default=86400.0, metadata=_seconds("For one request, from prompt to saved."))
     exchange: float = attrs.field(
         default=600.0,

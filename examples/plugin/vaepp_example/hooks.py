@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk import DiTPlan, Option, PipelineEntry, StrategyEntry, TensorPlan, hookimpl
+from vaepp_sdk import DiTPlan, Option, PipelineEntry, SizeRule, StrategyEntry, TensorPlan, hookimpl
 from vaepp_sdk.events import StageEnd
 
 VAEPP_API = 1
@@ -32,6 +32,12 @@ def vaepp_register_strategies(register: Callable[[StrategyEntry], None]) -> None
 
 def _heads(config: Mapping[str, Any]) -> int:
     return int(config["num_attention_heads"])
+
+
+def _side(config: Callable[[str], Mapping[str, Any]]) -> int:
+    """Each level of the VAE but the last halves the sides, and the pipeline wants an even number then."""
+    side: int = 2 * 2 ** (len(config("vae")["block_out_channels"]) - 1)
+    return side
 
 
 @hookimpl
@@ -56,6 +62,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
             stages="vaepp_example.aura_flow:AuraFlowStages",
             pick=lambda facts, work: "tile" if facts.tiling_fires(work.direction, work.shape) else "whole",
             dit=DiTPlan(component="transformer", tensor=tensor),
+            sizes=tuple(SizeRule(argument=name, step=_side) for name in ("height", "width")),
         )
     )
 
