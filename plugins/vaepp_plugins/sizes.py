@@ -27,5 +27,4 @@ def sides(step: Step, width: Step | None = None) -> tuple[SizeRule, SizeRule]:
 
 
 PACKED = sides(lambda config: 2 * kl_scale(config))
-"""Of pipelines that pack the latents of `AutoencoderKL` into patches of 2 x 2. Of any other size most of them make
-the next smaller one."""
+"""Of pipelines that pack the latents of `AutoencoderKL` into patches of 2 x 2; most would round down."""
