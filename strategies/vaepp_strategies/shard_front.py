@@ -2,12 +2,14 @@
 
 Attention reads every position. What leads to it from the latent, which all ranks hold, is little work for
 many bytes: a rank that computes a few of its peers' positions besides its own band's need not receive them.
+The first upsampling behind the attention is then run in less work, which pays for most of that.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import attrs
@@ -16,7 +18,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Parts, Scale
-from vaepp_strategies.layers.reach import NO_ROWS
+from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.shard_stages import Stage, layer_sequence
 from vaepp_strategies.shard_steps import ShardSteps, call_window
 
@@ -24,8 +26,11 @@ __all__ = ["Front", "Repeat", "Rows", "plan_front", "window_around", "with_front
 
 Repeat = Literal["auto", "never", "always"]
 
-_EXTRA_WORK = 0.026
+_EXTRA_WORK = 0.023
 """What `auto` lets a rank's work grow by. With the rows at seams, the whole stays within 1.03 of a share."""
+
+_SAVED = 5 / 9
+"""The part of its work that `convolve_doubled` saves of a convolution."""
 
 _LEAST_SAVED = 1 / 3
 """The part of the positions' bytes that `auto` must save the rank which sends most, or it repeats nothing."""
@@ -45,6 +50,7 @@ class Front:
         bands: each active rank's own rows.
         windows: the rows whose positions it computes, its band among them.
         margin: rows beyond a window that are computed from too few neighbours, and dropped.
+        doubled: the name of an upsampling behind the attention that runs in less work; empty without one.
     """
 
     layers: tuple[str, ...]
@@ -53,6 +59,7 @@ class Front:
     bands: tuple[Rows, ...]
     windows: tuple[Rows, ...]
     margin: int
+    doubled: str = ""
 
     @property
     def whole(self) -> bool:
@@ -76,7 +83,9 @@ class Front:
         return start, max(min(end, first), start)
 
 
-def plan_front(trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat) -> Front | None:
+def plan_front(
+    trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat, given: Mapping[str, Reach]
+) -> Front | None:
     """Decide how many of its peers' positions each rank computes.
 
     Args:
@@ -84,6 +93,7 @@ def plan_front(trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat) -> F
         parts: the bands.
         work: what is asked.
         repeat: `always`: all; `auto`: as many as a small share of a rank's work allows; `never`: none.
+        given: rows around a layer's output that a later layer reads, by the layer's name.
 
     Returns:
         None where nothing is to be repeated.
@@ -112,6 +122,7 @@ def plan_front(trace: LayerTrace, parts: Parts, work: Work, repeat: Repeat) -> F
         bands=tuple((part.start, part.start + part.length) for part in parts.parts),
         windows=((0, rows),) * len(parts.parts),
         margin=sum(call_window(call).reach.above for call in convolutions),
+        doubled=_doubled(trace, given),
     )
     return front if repeat == "always" else _limited(front, trace, work)
 
@@ -143,10 +154,23 @@ def _front_stages(trace: LayerTrace) -> tuple[Stage, ...]:
     return stages[: len(before) + 1]
 
 
+def _doubled(trace: LayerTrace, given: Mapping[str, Reach]) -> str:
+    """The first upsampling, if it doubles and a plain 3x3 convolution follows that gives a row at most."""
+    call = next((call for call in trace.calls if call.kind == "Upsample2D"), None)
+    name = "" if call is None else f"{call.name}.conv"
+    convolution = next((one for one in trace.calls if one.name == name and one.kind == "Conv2d"), None)
+    if call is None or convolution is None or call.out_shape[-2] != 2 * call.in_shape[-2]:
+        return ""
+    sizes = [convolution.setting(what) for what in ("kernel_size", "stride", "padding")]
+    gives = given.get(name, NO_ROWS)
+    return call.name if sizes == [(3, 3), (1, 1), (1, 1)] and max(gives.above, gives.below) <= 1 else ""
+
+
 def _limited(front: Front, trace: LayerTrace, work: Work) -> Front | None:
     """The largest windows that a small share of a rank's work allows; None where they save too little."""
     share = _work(trace, work, front.layers) / _work(trace, work)
-    extra = int(_EXTRA_WORK * front.rows / (share * len(front.bands)))
+    saved = _SAVED * _work(trace, work, (f"{front.doubled}.conv",)) / _work(trace, work)
+    extra = int((_EXTRA_WORK + saved) * front.rows / (share * len(front.bands)))
     windows = tuple(window_around(band, extra, front) for band in front.bands)
     found = attrs.evolve(front, windows=windows)
     ranks = range(len(front.bands))

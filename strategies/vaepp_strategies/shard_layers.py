@@ -26,6 +26,7 @@ from vaepp_strategies.layers.band_attention import band_attention, band_attentio
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution
+from vaepp_strategies.layers.doubled import band_doubled_convolution
 from vaepp_strategies.layers.front import FrontRows, front_group_norm, front_positions
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
@@ -131,6 +132,11 @@ def band_forwards(
     """
     steps, given = {step.name: step for step in plan.steps}, dict(plan.given)
     found = _front_forwards(vae, bands, plan.front) if plan.front else {}
+    if plan.front and plan.front.doubled:
+        name = plan.front.doubled
+        reach, give = steps[name].reach, given.get(f"{name}.conv", NO_ROWS)
+        layer = vae.get_submodule(name)
+        found[layer] = band_doubled_convolution(layer, bands, reach, name, give)
     before = (*plan.front.layers, plan.front.attention) if plan.front else ()
     for index, call in visible_calls(trace):
         if call.name in before:

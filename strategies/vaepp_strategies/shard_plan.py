@@ -89,7 +89,7 @@ def plan_shards(
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
     exchanges = _exchanges(facts, work, times)
     parts = _cut(facts, work, exchanges.shortest_band)
-    front = plan_front(_trace(facts, work.direction), parts, work, repeat)
+    front = plan_front(_trace(facts, work.direction), parts, work, repeat, dict(exchanges.given))
     if front is not None:
         exchanges = with_front(exchanges, front)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)

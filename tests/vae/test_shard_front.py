@@ -87,7 +87,7 @@ def test_every_rank_computes_or_receives_every_row_once(
         assert sorted(known) == list(range(rows))
 
 
-@pytest.mark.parametrize(("ranks", "repeat"), [(2, "auto"), (4, "auto"), (4, "always")])
+@pytest.mark.parametrize(("ranks", "repeat"), [(2, "auto"), (4, "auto"), (8, "always")])
 def test_fewer_bytes_and_messages_than_plain_row_sharding(ranks: int, repeat: Any) -> None:
     """Counted as `python -m benchmarks.shard_bytes` counts it, in the sum of all ranks and of the busiest."""
     vae = flux_vae()
@@ -102,9 +102,7 @@ def test_fewer_bytes_and_messages_than_plain_row_sharding(ranks: int, repeat: An
     assert len({move.round for move in plan.moves}) < peers[0].rounds
     sent = [plan.bytes_sent(rank) for rank in range(ranks)]
     assert max(sent) < max(peer.nbytes for peer in peers)
-    # On four ranks positions cost more bytes than the peer's repeated middle block, which costs it 26 % work.
-    fewer_in_all = ranks == 2 or repeat == "always"
-    assert (sum(sent) < sum(peer.nbytes for peer in peers)) is fewer_in_all
+    assert sum(sent) < sum(peer.nbytes for peer in peers)
 
 
 def test_what_cannot_be_repeated_is_refused() -> None:
