@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -45,6 +46,7 @@ class Light:
                 self.seat.observer(Progress(stage=stage, done=step + 1, total=request.get("steps", 2)))
             if stage == "denoise" and "kept" in request:
                 self.seat.observer(LatentsKept(request["kept"], self.number))
+                Path(request["kept"], f"reached-{self.seat.rank}").touch()
             self._fault(request, stage)
             end = StageEnd(**place, stage=stage, request=self.number, seconds=0.0, peak_bytes=1)
             self.seat.observer(end)
