@@ -143,7 +143,8 @@ class StageRunner:
             raise
         except Exception as error:
             problem = _one_line(error)
-            harmless = is_check(error) and EXCHANGES.begun == exchanges
+            # What fails while loading is no request's: nothing could be served after it.
+            harmless = request >= 0 and is_check(error) and EXCHANGES.begun == exchanges
             raise RankError(self.rank, stage, problem, harmless=harmless) from error
         finally:
             self._end(start, time.perf_counter() - began, problem)

@@ -56,18 +56,19 @@ def test_a_check_is_harmless_before_the_first_exchange_of_its_stage() -> None:
     events: list[Event] = []
     runner = StageRunner(0, 2, torch.device("cpu"), Registry(), events.append)
 
-    def harmless(error: Exception, exchanges: int) -> bool:
+    def harmless(error: Exception, exchanges: int, request: int = 0) -> bool:
         def work() -> None:
             for _ in range(exchanges):
                 EXCHANGES.begin()
             raise error
 
         with pytest.raises(RankError) as caught:
-            runner.run("denoise", 0, work)
+            runner.run("denoise", request, work)
         return caught.value.harmless
 
     assert harmless(ValueError("no such size"), 0)
     assert not harmless(ValueError("no such size"), 1)
+    assert not harmless(ValueError("no such size"), 0, request=-1)
     assert not harmless(torch.OutOfMemoryError("full"), 0)
     assert not harmless(OSError("gone"), 0)
 
