@@ -54,6 +54,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype, width=8),
     "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype, width=8),
     "hunyuan": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo", dtype),
+    "cogvideox": lambda dtype, **config: clip_vae("AutoencoderKLCogVideoX", dtype, **config),
+    "mochi": lambda dtype, **config: build("AutoencoderKLMochi", dtype, **config),
     "ltx": lambda dtype, **config: clip_vae("AutoencoderKLLTXVideo", dtype, **config),
     "ltx 2": lambda dtype, **config: clip_vae("AutoencoderKLLTX2Video", dtype, **config),
     "hunyuan 1.5": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo15", dtype),
@@ -140,7 +142,8 @@ def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
     plan, traffic = wrapped.last_plan, wrapped._group.traffic
     slices = case.batch if case.prepare == "enable_slicing" else 1
     planned = Counter((move.dst, move.nbytes) for move in plan.moves * slices if move.src == rank)
-    progress = [(done + 1, len(plan.steps) + 1) for done in range(len(plan.steps) + 1)] * slices
+    steps = len(getattr(plan, "grid", plan).steps)  # several bands on a rank tell of one
+    progress = [(done + 1, steps + 1) for done in range(steps + 1)] * slices
     return {
         "landed": landed(rank, case, result, expected.untiled.shape),
         "close": close(result, expected),

@@ -71,6 +71,12 @@ class CogVideoXAdapter(Adapter):
             temporal_ratio=int(config.temporal_compression_ratio),
             frames=self._frames,
             frames_at_once=vae.num_sample_frames_batch_size,
+            clip_layers=self.clip_layers(
+                (config.latent_channels, config.in_channels),
+                2 ** (len(config.block_out_channels) - 1),
+                enough=(2 * vae.num_latent_frames_batch_size, 2 * vae.num_sample_frames_batch_size),
+                chunk=(vae.num_latent_frames_batch_size, vae.num_sample_frames_batch_size),
+            ),
         )
 
     @property

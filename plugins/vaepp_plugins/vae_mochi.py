@@ -49,6 +49,11 @@ class MochiAdapter(Adapter):
             input_channels=config.out_channels,  # its encoder adds Fourier features
             frames=FirstFrameAlone(ratio) if vae.drop_last_temporal_frames else EveryFrame(ratio),
             frames_at_once=vae.num_latent_frames_batch_size * ratio if framewise else 0,
+            clip_layers=self.clip_layers(
+                (config.latent_channels, config.out_channels),
+                vae.spatial_compression_ratio,
+                enough=(2, 1 + ratio),
+            ),
         )
 
     def with_arguments(self, direction: Direction, arguments: Mapping[str, Any]) -> Self:

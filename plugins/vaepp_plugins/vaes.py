@@ -41,11 +41,13 @@ _TILED = {
 
 _SHARDED = (
     "AutoencoderDC",
+    "AutoencoderKLCogVideoX",
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
     "AutoencoderKLLTX2Video",
     "AutoencoderKLLTXVideo",
+    "AutoencoderKLMochi",
     "AutoencoderKLQwenImage",
     "AutoencoderKLWan",
 )

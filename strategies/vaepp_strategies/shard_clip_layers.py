@@ -7,19 +7,25 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders import autoencoder_kl_cogvideox as cog
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as hunyuan
 from diffusers.models.autoencoders import autoencoder_kl_hunyuanvideo15 as hunyuan15
 from diffusers.models.autoencoders import autoencoder_kl_ltx as ltx
 from diffusers.models.autoencoders import autoencoder_kl_ltx2 as ltx2
+from diffusers.models.autoencoders import autoencoder_kl_mochi as mochi
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.embeddings import (
     PixArtAlphaCombinedTimestepSizeEmbeddings,
     TimestepEmbedding,
     Timesteps,
 )
+from diffusers.models.normalization import LpNorm
+from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import nn
 
+from vaepp_strategies.layers.band_norm import band_frame_norm
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.clip_attention import (
     band_causal_attention,
@@ -45,7 +51,10 @@ def _check_convolution(layer: nn.Module) -> str | None:
     modes = ("zeros", "reflect") if clip.further == "causal" else ("zeros",)
     if set(own.dilation) != {1} or own.padding_mode not in modes:
         return f"its dilation is {own.dilation} and its padding mode {own.padding_mode!r}"
-    square = kernel == across and len(set(stride)) == 1 and set(clip.space) == {kernel // 2}
+    square = kernel == across and len(set(stride)) == 1 and len(set(clip.space)) == 1
+    if square and kernel == stride[0] and clip.space[0] == 0:
+        return None  # it takes the rows of a latent together
+    square = square and clip.space[0] == kernel // 2
     if not square or kernel % 2 == 0 or stride[0] > min(2, kernel):
         return f"its kernel is {own.kernel_size}, its stride {own.stride} and its padding {clip.space}"
     return None
@@ -119,6 +128,12 @@ SHARD_CLIP_LAYERS: Mapping[type[nn.Module], Check] = {
     **dict.fromkeys((ltx2.LTX2VideoMidBlock3d, ltx2.LTX2VideoUpBlock3d, ltx2.LTX2VideoDownBlock3D), _good),
     **dict.fromkeys((ltx2.LTX2VideoUpsampler3d, ltx2.LTX2VideoDownsampler3d), _good),
     ltx2.PerChannelRMSNorm: _check_channel_norm,
+    **dict.fromkeys((cog.CogVideoXEncoder3D, cog.CogVideoXDecoder3D, cog.CogVideoXResnetBlock3D), _good),
+    **dict.fromkeys((cog.CogVideoXDownBlock3D, cog.CogVideoXMidBlock3D, cog.CogVideoXUpBlock3D), _good),
+    **dict.fromkeys((cog.CogVideoXSpatialNorm3D, CogVideoXDownsample3D, CogVideoXUpsample3D), _good),
+    **dict.fromkeys((mochi.MochiEncoder3D, mochi.MochiDecoder3D, mochi.MochiResnetBlock3D), _good),
+    **dict.fromkeys((mochi.MochiDownBlock3D, mochi.MochiMidBlock3D, mochi.MochiUpBlock3D), _good),
+    **dict.fromkeys((mochi.MochiChunkedGroupNorm3D, mochi.FourierFeatures, LpNorm), _good),
     # They work on a timestep, which is every rank's.
     **dict.fromkeys((PixArtAlphaCombinedTimestepSizeEmbeddings, TimestepEmbedding, Timesteps), _good),
 }
@@ -136,8 +151,8 @@ def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) ->
     """
     reach = NO_ROWS if step is None else step.reach
     if type(layer) in CLIP_LAYERS:
-        pointwise = clip_convolution(layer).window(bands.axis).pointwise
-        return None if pointwise else band_clip_convolution(layer, bands, name)
+        apart = not clip_convolution(layer).window(bands.axis).reach
+        return None if apart else band_clip_convolution(layer, bands, name)
     if isinstance(layer, nn.ZeroPad2d):
         return band_pad(bands, reach, name)
     if isinstance(layer, hunyuan.HunyuanVideoUpsampleCausal3D):
@@ -146,6 +161,8 @@ def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) ->
         return _mid_block(layer)
     if step is None:
         return None
+    if isinstance(layer, mochi.MochiChunkedGroupNorm3D):
+        return band_frame_norm(layer.norm_layer, bands, step.scale)
     if isinstance(layer, (wan.WanAttentionBlock, qwen.QwenImageAttentionBlock)):
         return band_frame_attention(layer, bands, step.scale)
     if isinstance(layer, hunyuan15.HunyuanVideo15AttnBlock):

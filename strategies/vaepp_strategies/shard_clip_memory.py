@@ -6,24 +6,30 @@ holds its share of that, but for its neighbours' rows and for layers that run on
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import attrs
 
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
+from vaepp_strategies.layers.norm import CHUNK_VALUES
 from vaepp_strategies.layers.parts import Parts
 from vaepp_strategies.layers.reach import SHORT_BAND
 from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, HOLDING_CONVOLUTIONS, MASKED_ATTENTION
-from vaepp_strategies.shard_steps import ShardSteps
+from vaepp_strategies.shard_steps import ShardStep
 from vaepp_strategies.tile_geometry import Span
 
 __all__ = ["ClipMemory"]
 
 _ROW_COPIES = 4
 """Of a neighbour's rows: what is sent, what arrives, and where it stands among a band's own rows."""
+
+_WIDE = 8
+"""Bytes of a float64."""
 
 _CACHED_FRAMES = 2
 """Frames of which rows are kept for a layer's next call."""
@@ -38,25 +44,28 @@ class ClipMemory:
         work: what is asked.
         parts: the bands.
         times: the windows of frames in which the VAE runs the clip; none where it runs in one piece.
-        exchanges: what the layers exchange.
+        steps: what the layers exchange.
     """
 
     facts: VaeFacts
     work: Work
     parts: Parts
     times: tuple[Span, ...]
-    exchanges: ShardSteps
+    steps: tuple[ShardStep, ...]
 
-    def peak(self, rank: int) -> int:
-        """The most bytes alive on an active rank, weights and the input itself excluded."""
-        length = self.parts.parts[rank].length
-        area = length * self._across
+    def peak(self, *bands: int) -> int:
+        """The most bytes alive on the rank of some bands, weights and the input itself excluded.
+
+        It runs its bands in turn, each up to its next exchange.
+        """
+        lengths = [self.parts.parts[band].length for band in bands]
+        area = sum(lengths) * self._across
         frames = {span.length for span in self.times} or {self.work.shape[2]}
-        values = max(self._window(count, length) for count in frames)
+        values = max(self._window(count, lengths) for count in frames)
         before, joining = self._joining()
         values = max(values + self._out(before, area), self._out(joining, area))
         if len(self.parts.parts) > 1:
-            values += self.work.shape[1] * max(frames) * area + self._rows()
+            values += self.work.shape[1] * max(frames) * area + len(bands) * self._rows()
         return self.work.shape[0] * int(values) * self.work.itemsize
 
     @property
@@ -80,18 +89,18 @@ class ClipMemory:
         scale = ratio**2 if self.work.direction == "decode" else 1 / ratio**2
         return self.facts.out_channels(self.work.direction) * frames * area * scale
 
-    def _window(self, frames: int, length: int) -> float:
+    def _window(self, frames: int, lengths: list[int]) -> float:
         """Values alive at the peak of one window of frames, or of a whole clip."""
         direction, layers = self.work.direction, self.facts.clip_layers
         assert layers is not None, "the layers are known"
         enough, chunk = layers.frames(direction)
         traced = frames if not chunk or frames < enough else enough + (frames - enough) % chunk
-        trace, area = layers.trace(direction, traced), length * self._across
+        trace, longest, area = layers.trace(direction, traced), max(lengths), sum(lengths) * self._across
         share = area / math.prod(trace.in_shape[-2:])
         alone = len(self.parts.parts) == 1
-        values = share * (trace.peak if alone else _on_band(trace, length))
-        if alone:
-            values = max(values, _masks(trace, share))
+        bands = sum(lengths) / longest
+        values = share * (trace.peak if alone else self._running(trace, longest, bands - 1) / bands)
+        values = max(values, _masks(trace, share) if alone else self._statistics(trace, share / bands))
         later = frames - traced
         if later:
             # A chunk leaves what it gave, beside what stands ready for those after it.
@@ -99,11 +108,42 @@ class ClipMemory:
             values += later * share * _ready(trace) / traced + self._out(given[0] - given[1], area)
         return values
 
+    def _running(self, trace: LayerTrace, length: int, waiting: float) -> float:
+        """Values of a band at its peak, and of those that wait for an exchange beside it.
+
+        Args:
+            trace: the layers.
+            length: the band's rows of the input.
+            waiting: how many bands of its length wait.
+        """
+        names = {step.name for step in self.steps}
+        exchanging = [index for index, call in enumerate(trace.calls) if call.name in names]
+
+        def held(moment: _Moment) -> int:
+            """What a band holds that stands at the exchange before or after, or between them."""
+            start = max(0, bisect.bisect_right(exchanging, moment.first) - 1)
+            end = bisect.bisect_right(exchanging, moment.last) + 1
+            return max((trace.calls[at].before for at in exchanging[start:end]), default=0)
+
+        return max(moment.values + waiting * held(moment) for moment in _moments(trace, length))
+
+    def _statistics(self, trace: LayerTrace, share: float) -> float:
+        """Values while the statistics of a small band are taken, which is widened to float64 for them."""
+        wide = _WIDE / self.work.itemsize
+        return max(
+            (
+                share * call.before + wide * min(share * math.prod(call.in_shape), CHUNK_VALUES)
+                for call in trace.calls
+                if call.kind == "GroupNorm"
+            ),
+            default=0,
+        )
+
     def _rows(self) -> int:
         """Values of neighbours' rows: of the widest exchange, and of frames kept for later."""
         sizes: dict[str, int] = {}
         widest = 0
-        for step in self.exchanges.steps:
+        for step in self.steps:
             row = self.parts.rows(self._across, step.scale) * step.channels
             sizes[step.name] = row * (step.reach.above + step.reach.below)
             widest = max(widest, sizes[step.name] * step.frames)
@@ -119,8 +159,17 @@ def _ready(trace: LayerTrace) -> int:
     return next(call.before for call in outer if call.name == largest.name)
 
 
-def _on_band(trace: LayerTrace, length: int) -> int:
-    """The peak where layers hold fewer copies on a band than in their own code.
+@attrs.frozen
+class _Moment:
+    """Values alive at one time while a layer runs, and its first and last call."""
+
+    values: int
+    first: int
+    last: int
+
+
+def _moments(trace: LayerTrace, length: int) -> Iterator[_Moment]:
+    """The peaks of all layers as a band runs them, where some hold fewer copies than in their own code.
 
     Args:
         trace: the layers.
@@ -130,17 +179,21 @@ def _on_band(trace: LayerTrace, length: int) -> int:
     for index, call in enumerate(trace.calls):
         inside[call.inside].append(index)
 
-    def peak(index: int, own: int) -> int:
-        if index >= 0 and trace.calls[index].kind in CLIP_INTERPOLATING:
-            return _interpolation(trace, index)
-        if index >= 0 and trace.calls[index].kind in HOLDING_CONVOLUTIONS:
-            return _convolution(trace, index, length)
-        inner = [peak(at, trace.calls[at].peak) for at in inside[index]]
-        # What it runs itself shows where it holds more than any layer that it calls.
-        itself = own > max((trace.calls[at].peak for at in inside[index]), default=0)
-        return max([own if itself else 0, *inner])
+    def found(index: int, own: int, last: int) -> Iterator[_Moment]:
+        kind = trace.calls[index].kind if index >= 0 else ""
+        if kind in CLIP_INTERPOLATING:
+            yield _Moment(_interpolation(trace, index), index, last)
+        elif kind in HOLDING_CONVOLUTIONS:
+            yield _Moment(_convolution(trace, index, length), index, last)
+        else:
+            # What it runs itself shows where it holds more than any layer that it calls.
+            if own > max((trace.calls[at].peak for at in inside[index]), default=0):
+                yield _Moment(own, max(index, 0), last)
+            ends = [*(at - 1 for at in inside[index][1:]), last]
+            for at, end in zip(inside[index], ends, strict=False):  # a leaf calls none
+                yield from found(at, trace.calls[at].peak, end)
 
-    return peak(-1, trace.peak)
+    yield from found(-1, trace.peak, len(trace.calls) - 1)
 
 
 def _interpolation(trace: LayerTrace, index: int) -> int:

@@ -20,12 +20,13 @@ from vaepp_sdk.vae.plan import Move, Work, WorkPlan, split_evenly
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.lockstep import BandGroup, Lockstep
 from vaepp_strategies.layers.swap import swapped
+from vaepp_strategies.shard_clip_memory import ClipMemory
 from vaepp_strategies.shard_layers import band_forwards
-from vaepp_strategies.shard_plan import ShardPlan, plan_shards
+from vaepp_strategies.shard_plan import ShardPlan, landing_bytes, plan_shards
 from vaepp_strategies.shard_run import ShardStrategy, input_halo, window_call
 from vaepp_strategies.shard_times import in_windows
 
-__all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid"]
+__all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid", "run_grid"]
 
 GRID = 4
 """Bands of the grid, where the latent allows as many; with another number, results would round otherwise."""
@@ -46,13 +47,18 @@ class GridPlan(WorkPlan):
     owners: tuple[int, ...]
 
 
-def plan_grid(facts: VaeFacts, work: Work) -> GridPlan:
+def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID) -> GridPlan:
     """Plan for the grid, and deal its bands; only the dealing depends on the number of ranks.
+
+    Args:
+        facts: the VAE.
+        work: what is asked.
+        bands: how many bands the grid has, where the latent allows as many.
 
     Raises:
         UnsupportedError: as the plain mode.
     """
-    grid = plan_shards(facts, attrs.evolve(work, ranks=GRID, output="sharded"))
+    grid = plan_shards(facts, attrs.evolve(work, ranks=bands, output="sharded"))
     shares = split_evenly(len(grid.windows), work.ranks)
     owners = tuple(rank for rank, (_, size) in enumerate(shares) for _ in range(size))
     windows = tuple(attrs.evolve(window, owner=owners[window.index]) for window in grid.windows)
@@ -68,13 +74,21 @@ def plan_grid(facts: VaeFacts, work: Work) -> GridPlan:
         windows=windows,
         out_shape=grid.out_shape,
         moves=between + landing_moves(windows, pieces, work.output, work.world_size, len(grid.steps)),
-        peak_bytes=tuple(
-            sum(grid.peak_bytes[band] for band, owner in enumerate(owners) if owner == rank)
-            for rank in range(work.ranks)
-        ),
+        peak_bytes=tuple(_peak(facts, work, grid, owners, rank) for rank in range(work.ranks)),
         grid=grid,
         owners=owners,
     )
+
+
+def _peak(facts: VaeFacts, work: Work, grid: ShardPlan, owners: tuple[int, ...], rank: int) -> int:
+    """A rank's live bytes while its bands run in turn, or while pieces land if that is more."""
+    bands = [band for band, owner in enumerate(owners) if owner == rank]
+    if facts.clip_layers is None or not bands:
+        running = sum(grid.peak_bytes[band] for band in bands)
+    else:
+        memory = ClipMemory(facts=facts, work=grid.work, parts=grid.parts, times=grid.times, steps=grid.steps)
+        running = memory.peak(*bands)
+    return max(running, landing_bytes(facts, work, rank))
 
 
 class GridStrategy(ShardStrategy):
@@ -100,22 +114,34 @@ class GridStrategy(ShardStrategy):
         """See `Strategy.encode`."""
         return self._land(adapter, picture, group, plan)
 
-    @torch.no_grad()
     def _land(self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan) -> Landed:
-        pieces: dict[int, torch.Tensor] = {}
-        if plan.owned(group.rank):
-            if len(plan.windows) == 1:
-                whole = in_windows(window_call(adapter, plan.work.direction), value, plan.grid.times)
-                pieces = {0: whole}
-            else:
-                pieces = _bands(adapter, value, group, plan)
-            if plan.work.direction == "decode":
-                pieces = {index: adapter.finish_decode(piece) for index, piece in pieces.items()}
-            group.progress(len(plan.grid.steps) + 1, len(plan.grid.steps) + 1)
-        landed = land(pieces, group, plan, value.dtype, value.device)
+        landed = run_grid(adapter, value, group, plan)
         if group.rank == 0 and value.device.type == "cuda" and not self._warned:
             self._warned = _warn_of_choice()
         return landed
+
+
+@torch.no_grad()
+def run_grid(adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan) -> Landed:
+    """Decode or encode, each rank all its bands.
+
+    Args:
+        adapter: the VAE.
+        value: the whole latent or picture.
+        group: the VAE's view of the DiT group.
+        plan: the plan of `plan_grid`.
+    """
+    pieces: dict[int, torch.Tensor] = {}
+    if plan.owned(group.rank):
+        if len(plan.windows) == 1:
+            whole = in_windows(window_call(adapter, plan.work.direction), value, plan.grid.times)
+            pieces = {0: whole}
+        else:
+            pieces = _bands(adapter, value, group, plan)
+        if plan.work.direction == "decode":
+            pieces = {index: adapter.finish_decode(piece) for index, piece in pieces.items()}
+        group.progress(len(plan.grid.steps) + 1, len(plan.grid.steps) + 1)
+    return land(pieces, group, plan, value.dtype, value.device)
 
 
 def _bands(

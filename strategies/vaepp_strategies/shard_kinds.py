@@ -8,16 +8,23 @@ __all__ = [
     "CLIP_CONVOLUTIONS",
     "CLIP_INTERPOLATING",
     "COVERING",
+    "FRAME_NORMS",
     "GIVERS",
+    "HANDING_BACK",
     "HOLDING_CONVOLUTIONS",
     "INTERPOLATING",
     "MASKED_ATTENTION",
+    "PADDING_DOWNSAMPLES",
     "PADS",
     "POSITION_ATTENTION",
     "UPSAMPLES",
 ]
 
+HANDING_BACK = ("CogVideoXCausalConv3d",)
+"""Convolutions that return frames for their next call beside their output."""
+
 HOLDING_CONVOLUTIONS = (
+    *HANDING_BACK,
     "HunyuanVideo15CausalConv3d",
     "HunyuanVideoCausalConv3d",
     "LTX2VideoCausalConv3d",
@@ -25,8 +32,17 @@ HOLDING_CONVOLUTIONS = (
 )
 """Those that keep the convolution itself in a layer of their own."""
 
-CLIP_CONVOLUTIONS = ("Conv3d", "QwenImageCausalConv3d", "WanCausalConv3d", *HOLDING_CONVOLUTIONS)
-"""Convolutions over frames, rows and columns, padded by half their kernel along rows and columns."""
+CLIP_CONVOLUTIONS = (
+    "CogVideoXSafeConv3d",
+    "Conv3d",
+    "QwenImageCausalConv3d",
+    "WanCausalConv3d",
+    *HOLDING_CONVOLUTIONS,
+)
+"""Convolutions over frames, rows and columns, padded by half their kernel along rows and columns.
+
+Not at all where their stride is as long as their kernel.
+"""
 
 CLIP_INTERPOLATING = ("HunyuanVideoUpsampleCausal3D",)
 """Nearest interpolation of a clip, in front of a convolution of its own."""
@@ -39,6 +55,12 @@ UPSAMPLES = ("QwenImageUpsample", "Upsample", "WanUpsample", *INTERPOLATING)
 
 PADS = ("ZeroPad2d",)
 """Padding in front of a convolution that has none of its own."""
+
+PADDING_DOWNSAMPLES = ("CogVideoXDownsample3D",)
+"""Layers that pad a row and a column at the end of every frame, and then call their convolution."""
+
+FRAME_NORMS = ("MochiChunkedGroupNorm3D",)
+"""Group normalisation of each frame on its own."""
 
 GIVERS = ("GroupNorm", *UPSAMPLES, *PADS)
 """Layers that can fetch the rows which a later layer needs."""
@@ -57,6 +79,6 @@ COVERING: Mapping[str, tuple[str, ...]] = {
     "Downsample2D": (),
     "HunyuanImageAttentionBlock": (),
     "SanaMultiscaleLinearAttention": ("Conv2d",),
-    **dict.fromkeys((*POSITION_ATTENTION, *HOLDING_CONVOLUTIONS), ()),
+    **dict.fromkeys((*POSITION_ATTENTION, *FRAME_NORMS, *HOLDING_CONVOLUTIONS), ()),
 }
 """Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""

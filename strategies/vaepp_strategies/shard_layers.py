@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from diffusers.models.attention_processor import (
     Attention,
+    MochiVaeAttnProcessor2_0,
     SanaMultiscaleAttnProcessor2_0,
     SanaMultiscaleLinearAttention,
 )
@@ -31,11 +32,16 @@ from vaepp_strategies.layers.front import FrontRows, front_group_norm, front_pos
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
-from vaepp_strategies.layers.resample import band_downsample, band_upsample, band_upsample_block
+from vaepp_strategies.layers.resample import (
+    band_downsample,
+    band_padded_convolution,
+    band_upsample,
+    band_upsample_block,
+)
 from vaepp_strategies.shard_clip_layers import SHARD_CLIP_LAYERS, check_upsample, clip_forward
 from vaepp_strategies.shard_front import Front
 from vaepp_strategies.shard_plan import ShardPlan
-from vaepp_strategies.shard_steps import ShardStep, passes_through, visible_calls, window_of
+from vaepp_strategies.shard_steps import ShardStep, padded_by, passes_through, visible_calls, window_of
 
 __all__ = ["SHARD_LAYERS", "band_forwards", "refused_layers"]
 
@@ -71,6 +77,8 @@ def _downsample_block(layer: Downsample2D) -> str | None:
 
 
 def _attention(layer: Attention) -> str | None:
+    if type(layer.processor) is MochiVaeAttnProcessor2_0:
+        return None  # the blocks that have it call it over the frames of each position
     for name in ("to_q", "to_k", "to_v"):
         if type(getattr(layer, name)) is not nn.Linear:
             return f"its {name} is a {type(getattr(layer, name)).__name__}"
@@ -146,7 +154,10 @@ def band_forwards(
             continue
         step, give = steps.get(call.name), given.get(call.name, NO_ROWS)
         reach = NO_ROWS if step is None else step.reach
-        if isinstance(layer, nn.Conv2d):
+        forward: Forward | None
+        if isinstance(layer, nn.Conv2d) and padded_by(trace, index):
+            forward = band_padded_convolution(layer, bands, call.name)
+        elif isinstance(layer, nn.Conv2d):
             forward = _convolution(layer, call.name, bands, window_of(trace, index), give)
         else:
             forward = _forward(layer, call.name, bands, step)
@@ -181,8 +192,7 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> For
     if isinstance(layer, HunyuanImageAttentionBlock):
         assert step is not None, "every attention exchanges"
         return band_attention_block(layer, band_positions(bands, step.scale))
-    if isinstance(layer, Attention):
-        assert step is not None, "every attention exchanges"
+    if isinstance(layer, Attention) and step is not None:
         return (
             band_attention(layer, band_positions(bands, step.scale))
             if step.groups

@@ -13,7 +13,16 @@ from vaepp_strategies.shard_memory import BandMemory, stage_blocks
 from vaepp_strategies.shard_recompute import leaner_sequences, sequence_work
 from vaepp_strategies.shard_stages import Sequence, Stage
 
-__all__ = ["BlockPlan", "Recomputes", "RowBlocks", "parse_bytes", "plan_blocks", "row_blocks_from"]
+__all__ = [
+    "BlockPlan",
+    "Recomputes",
+    "RowBlocks",
+    "block_counts",
+    "parse_bytes",
+    "plan_blocks",
+    "row_blocks_from",
+    "shown_bytes",
+]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(KiB|MiB|GiB)")
@@ -113,7 +122,7 @@ def plan_blocks(
         return _cut(sequence, candidates[0], memories, wanted.count, landing)
     least = None
     for candidate in candidates:
-        for count in _counts(most):
+        for count in block_counts(most):
             found = _cut(sequence, candidate, memories, count, landing)
             if max(found.peaks) <= wanted.limit:
                 return found
@@ -121,7 +130,7 @@ def plan_blocks(
     work = memories[0].work
     raise UnsupportedError(
         f"strategy 'shard' cannot {work.direction} shape {work.shape} on {len(memories)} ranks within "
-        f"peak_limit {_shown(wanted.limit)}: the smallest that can be kept is {_shown(least or 0)}"
+        f"peak_limit {shown_bytes(wanted.limit)}: the smallest that can be kept is {shown_bytes(least or 0)}"
     )
 
 
@@ -165,7 +174,7 @@ def _rows(sequence: Sequence, memory: BandMemory) -> int:
     return max(memory.parts.core_length(memory.rank, scale) for scale in scales)
 
 
-def _counts(most: int) -> Iterator[int]:
+def block_counts(most: int) -> Iterator[int]:
     """1, 2, 3, 4, 6, 8, 12, 16, ... up to `most`."""
     power = 1
     while power < most:
@@ -176,7 +185,7 @@ def _counts(most: int) -> Iterator[int]:
     yield most
 
 
-def _shown(size: int) -> str:
+def shown_bytes(size: int) -> str:
     """A size that `parse_bytes` reads as at least as many bytes."""
     unit = "MiB" if size >= 2**26 else "KiB"
     return f"{-(-size // _UNITS[unit])}{unit}"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.strategy import Strategy
+from vaepp_strategies.shard_clip_blocks import BlockStrategy
 from vaepp_strategies.shard_grid import GridStrategy
 from vaepp_strategies.shard_reference import ReferenceStrategy
 from vaepp_strategies.shard_run import ShardStrategy
@@ -22,7 +23,8 @@ def shard_strategy(deterministic: Deterministic = "off", **options: Any) -> Stra
         UnsupportedError: the options do not go together.
     """
     if deterministic == "off":
-        return ShardStrategy(**options)
+        blocks = {"row_blocks", "peak_limit"} & options.keys()
+        return BlockStrategy(**options) if blocks else ShardStrategy(**options)
     if options:
         names = " and ".join(sorted(options))
         raise UnsupportedError(

@@ -21,7 +21,7 @@ from vaepp_strategies.shard_stages import layer_sequence
 from vaepp_strategies.shard_steps import ShardStep, ShardSteps, shard_steps
 from vaepp_strategies.tile_geometry import Span, lay_frames
 
-__all__ = ["ShardPlan", "plan_shards"]
+__all__ = ["ShardPlan", "landing_bytes", "plan_shards"]
 
 _MOMENT_BYTES = 2 * 8
 """A mean and a sum of squared deviations of one group, in float64."""
@@ -131,6 +131,7 @@ def _clip_exchanges(facts: VaeFacts, direction: Direction, frames: int) -> Shard
     enough, chunk = facts.clip_layers.frames(direction)
     if not chunk or frames <= enough:
         return shard_steps(_trace(facts, direction, frames))
+    enough += (frames - enough) % chunk  # the first chunk takes what is left over, or it is dropped
     first, less = (shard_steps(_trace(facts, direction, count)) for count in (enough, enough - chunk))
     assert first.steps[: len(less.steps)] == less.steps, "a chunk does not depend on those after it"
     repeated = first.steps[len(less.steps) :] * ((frames - enough) // chunk)
@@ -215,7 +216,7 @@ def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wa
         BandMemory(parts=parts, rank=rank, work=work, steps=steps, given=given)
         for rank in range(len(parts.parts))
     )
-    return plan_blocks(layer_sequence(trace), memories, wanted, lambda rank: _landing(facts, work, rank))
+    return plan_blocks(layer_sequence(trace), memories, wanted, lambda rank: landing_bytes(facts, work, rank))
 
 
 def _peaks(
@@ -227,10 +228,10 @@ def _peaks(
     blocks: BlockPlan | None,
 ) -> tuple[int, ...]:
     """Each rank's live bytes inside its band, or while the pieces land if that is more."""
-    idle = tuple(_landing(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
+    idle = tuple(landing_bytes(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
     if blocks is not None:
         return blocks.peaks + idle
-    clip = ClipMemory(facts=facts, work=work, parts=parts, times=times, exchanges=exchanges)
+    clip = ClipMemory(facts=facts, work=work, parts=parts, times=times, steps=exchanges.steps)
     across = work.shape[-1 if parts.axis == -2 else -2]
     scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
 
@@ -241,12 +242,14 @@ def _peaks(
         return int(values) * work.itemsize
 
     return (
-        tuple(max(peak(rank, part), _landing(facts, work, rank)) for rank, part in enumerate(parts.parts))
+        tuple(
+            max(peak(rank, part), landing_bytes(facts, work, rank)) for rank, part in enumerate(parts.parts)
+        )
         + idle
     )
 
 
-def _landing(facts: VaeFacts, work: Work, rank: int) -> int:
+def landing_bytes(facts: VaeFacts, work: Work, rank: int) -> int:
     """The whole output, and what has arrived and is not yet written into it, where the output lands."""
     whole = work.landed_bytes(facts.out_shape(work.direction, work.shape))
     return 2 * whole if work.output == "all" or (work.output == "rank0" and rank == 0) else 0

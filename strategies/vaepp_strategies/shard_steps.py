@@ -16,8 +16,11 @@ from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, NO_ROWS, Reach, Win
 from vaepp_strategies.shard_kinds import (
     CLIP_CONVOLUTIONS,
     COVERING,
+    FRAME_NORMS,
     GIVERS,
+    HANDING_BACK,
     INTERPOLATING,
+    PADDING_DOWNSAMPLES,
     PADS,
     POSITION_ATTENTION,
     UPSAMPLES,
@@ -29,6 +32,7 @@ __all__ = [
     "call_scale",
     "call_source",
     "call_window",
+    "padded_by",
     "passes_through",
     "shard_steps",
     "visible_calls",
@@ -258,7 +262,8 @@ def passes_through(trace: LayerTrace, index: int) -> bool:
         return window_of(trace, index).pointwise
     if call.kind in CLIP_CONVOLUTIONS:
         kernel = _convolution(trace, index).setting("kernel_size")
-        return set(kernel) == {1} and window_of(trace, index).pointwise
+        single = set(kernel) == {1} and window_of(trace, index).pointwise
+        return single and call.kind not in HANDING_BACK
     keeps_places = call.in_shape[2:] == call.out_shape[2:]
     return keeps_places and not _calls_others(trace, index) and call.kind not in COVERING
 
@@ -278,12 +283,21 @@ def window_of(trace: LayerTrace, index: int) -> Window:
     if call.kind in CLIP_CONVOLUTIONS:
         inner = _convolution(trace, index)
         kernel, stride = inner.setting("kernel_size")[1], inner.setting("stride")[1]
-        return Window(kernel, stride, kernel // 2, kernel // 2)
+        padding = 0 if kernel == stride else kernel // 2
+        return Window(kernel, stride, padding, padding)
     window, source = call_window(call), call.source
+    if padded_by(trace, index):
+        return attrs.evolve(window, trail=window.trail + 1)
     if source < 0 or trace.calls[source].kind not in PADS:
         return window
     _, _, lead, trail = trace.calls[source].setting("padding")
     return attrs.evolve(window, lead=window.lead + lead, trail=window.trail + trail)
+
+
+def padded_by(trace: LayerTrace, index: int) -> bool:
+    """Whether the layer around a convolution padded its input by a row and a column at the end."""
+    inside = trace.calls[index].inside
+    return inside >= 0 and trace.calls[inside].kind in PADDING_DOWNSAMPLES
 
 
 def call_window(call: LayerCall) -> Window:
@@ -305,8 +319,13 @@ def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> Shard
     groups = _own_groups(trace, index)
     if groups:
         return attrs.evolve(step, kind="statistics and positions", groups=groups, width=shape[1])
+    if call.kind in FRAME_NORMS:
+        groups = shape[2] * int(trace.calls[index + 1].setting("num_groups"))
+        return attrs.evolve(step, kind="statistics", groups=groups)
     if call.kind in POSITION_ATTENTION:
         return attrs.evolve(step, kind="positions", width=shape[1])
+    if call.kind == "Attention" and call.in_shape[0] > 1:
+        return None  # a trace has one picture or clip: the batch are positions, each seen over its frames
     if call.kind == "Attention":
         return attrs.evolve(step, kind="keys and values", width=2 * int(call.setting("inner_kv_dim")))
     if call.kind == "SanaMultiscaleLinearAttention":
@@ -326,7 +345,7 @@ def _linear_sums(trace: LayerTrace, index: int) -> int:
 
 def call_scale(trace: LayerTrace, index: int) -> Scale:
     """A call's resolution; inside attention, where positions are in one row, that of the attention."""
-    rows = _shape(trace, index)[-2]
+    rows = _shape(trace, index)[-2] - padded_by(trace, index)
     whole = trace.in_shape[-2]
     return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
 

@@ -15,9 +15,12 @@ from test_shard_cost import (  # type: ignore[import-not-found]  # beside this f
     untiled_adapter_cost,
 )
 from vae_zoo import build
+from vaepp_plugins.vae_cogvideox import CogVideoXAdapter
 from vaepp_plugins.vae_hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from vaepp_plugins.vae_ltx import LTX2VideoAdapter, LTXVideoAdapter
+from vaepp_plugins.vae_mochi import MochiAdapter
 from vaepp_plugins.vae_wan import QwenImageAdapter, WanAdapter
+from vaepp_strategies.shard_modes import shard_strategy
 from vaepp_strategies.shard_run import ShardStrategy
 
 from vaepp_sdk.testing import LiveBytes
@@ -85,6 +88,10 @@ FULL = [
     (*LTX, {}, ((128, 1, 15, 26), (128, 5, 15, 26)), ((3, 17, 480, 832),)),
     (*LTX_2, LTX_2_CONFIG, ((128, 5, 15, 26),), ()),
 ]
+BLOCKS = [  # the most that is left of the untiled peak in eight bands
+    (*WAN, (16, 3, 30, 52), 0.82),
+    (*LTX, (128, 3, 16, 26), 0.5),
+]
 TINY = [
     (WanAdapter, "AutoencoderKLWan", torch.float32),
     (WanAdapter, "AutoencoderKLWan_22", torch.bfloat16),
@@ -92,13 +99,17 @@ TINY = [
     (HunyuanVideoAdapter, "AutoencoderKLHunyuanVideo", torch.float32),
     (HunyuanVideo15Adapter, "AutoencoderKLHunyuanVideo15", torch.bfloat16),
     (LTX2VideoAdapter, "AutoencoderKLLTX2Video", torch.bfloat16),
+    (CogVideoXAdapter, "AutoencoderKLCogVideoX", torch.bfloat16),
+    (MochiAdapter, "AutoencoderKLMochi", torch.float32),
 ]
 
 
 @torch.no_grad()
-def told_and_counted(adapter: Any, direction: str, shape: tuple[int, ...], ranks: int) -> float:
-    """What the plan of a rank in the middle says of its peak, as a share of what is counted."""
-    rank, strategy, dtype = ranks // 2, ShardStrategy(), adapter.vae.dtype
+def told_and_counted(
+    adapter: Any, direction: str, shape: tuple[int, ...], ranks: int, row_blocks: int = 1
+) -> tuple[float, int]:
+    """What the plan of a rank in the middle says of its peak, as a share of what is counted, and that."""
+    rank, strategy, dtype = ranks // 2, shard_strategy(row_blocks=row_blocks), adapter.vae.dtype
     work = Work(
         direction="decode" if direction == "decode" else "encode",
         shape=shape,
@@ -112,22 +123,33 @@ def told_and_counted(adapter: Any, direction: str, shape: tuple[int, ...], ranks
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     with LiveBytes([value]) as live:
         getattr(strategy, direction)(adapter, value, group, plan)
-    return float(plan.peak_bytes[rank] / live.peak)
+    return plan.peak_bytes[rank] / live.peak, live.peak
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_plan_knows_the_peak_of_a_clip(ranks: int) -> None:
+def test_a_plan_knows_the_peak_of_a_clip() -> None:
     """Unlike the runs that it plans, it has seen the layers on small sides and in few frames only."""
     for adapter, vae, config, decodes, encodes in FULL:
         one = full(adapter, vae, **config)
         for direction, shapes in (("decode", decodes), ("encode", encodes)):
             for shape in shapes:
-                found = told_and_counted(one, direction, (1, *shape), ranks)
-                assert 0.95 <= found <= 1.12, (vae.__name__, direction, shape, found)
+                # On one rank the trace itself is told, but for the masks of HunyuanVideo's attention.
+                for ranks in (1, 4) if vae is diffusers.AutoencoderKLHunyuanVideo else (4,):
+                    found, _ = told_and_counted(one, direction, (1, *shape), ranks)
+                    assert 0.95 <= found <= 1.12, (vae.__name__, direction, shape, ranks, found)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_same_for_small_ones(ranks: int) -> None:
+@pytest.mark.parametrize(("adapter", "vae", "shape", "share"), BLOCKS)
+def test_bands_in_turn_lower_the_peak_of_one_rank(
+    adapter: Any, vae: Any, shape: tuple[int, ...], share: float
+) -> None:
+    one = full(adapter, vae)
+    _, whole = told_and_counted(one, "decode", (1, *shape), 1)
+    told, counted = told_and_counted(one, "decode", (1, *shape), 1, row_blocks=8)
+    assert counted <= share * whole, counted / whole
+    assert 1 <= told <= 1.1, told
+
+
+def test_plans_know_the_peak_of_small_clips() -> None:
     for adapter, name, dtype in TINY:
         one = tiny(adapter, name, dtype)
         facts = one.facts()
@@ -137,5 +159,5 @@ def test_the_same_for_small_ones(ranks: int) -> None:
             pictures = 1 + (frames - 1) * facts.temporal_ratio
             picture = (1, 3, pictures, 9 * facts.spatial_ratio, 7 * facts.spatial_ratio)
             for direction, shape in (("decode", latent), ("encode", picture)):
-                found = told_and_counted(one, direction, shape, ranks)
+                found, _ = told_and_counted(one, direction, shape, 2)
                 assert 0.9 <= found <= 1.15, (name, direction, shape, found)

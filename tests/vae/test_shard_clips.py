@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import attrs
 import pytest
 import torch
 from counted import counted
-from shard_cases import Case, check_cases, prepared
+from shard_cases import Case, check_cases, expect, prepared, run_case
 from torch import nn
 
 from vaepp_sdk import UnsupportedError, parallelize_vae
@@ -51,11 +52,27 @@ CASES = [
     Case((5, 2), 2, vae="ltx 2", dtype=F64, build=MIRRORED),
     Case((3, 4), 3, vae="ltx 2", batch=2, build=MIRRORED),
     Case((64, 96), 9, vae="ltx 2", direction=E, dtype=BF16, arguments={"causal": False}),
+    Case((5, 3), 3, vae="cogvideox", dtype=F64),
+    Case((4, 6), 7, vae="cogvideox", batch=2),  # three batches of frames
+    Case((7, 2), 2, vae="cogvideox", dtype=BF16, output="sharded"),
+    Case((40, 24), 9, vae="cogvideox", direction=E, dtype=F64),
+    Case((45, 61), 33, vae="cogvideox", direction=E, output="rank0"),
+    Case((5, 3), 2, vae="mochi", dtype=F64),
+    Case((4, 6), 3, vae="mochi", batch=2),
+    Case((5, 5), 2, vae="mochi", dtype=BF16),
+    Case((37, 43), 13, vae="mochi", direction=E, batch=2),  # Fourier features are float32 in any dtype
+]
+BLOCKS = [  # several bands on a rank
+    Case((6, 4), 3, vae="wan", dtype=F64, options={"row_blocks": 2}, active=4),
+    Case((40, 24), 5, vae="qwen", direction=E, output="rank0", options={"row_blocks": 4}, active=5),
+    Case((7, 3), 6, vae="hunyuan", batch=2, options={"row_blocks": 2}, active=4),
+    Case((5, 6), 4, vae="cogvideox", dtype=BF16, output="sharded", options={"peak_limit": "1GiB"}, active=2),
 ]
 LONG = [  # bands whose rows travel while they are convolved
     Case((33, 2), 2, vae="wan", dtype=F64),
     Case((33, 2), 2, vae="hunyuan", dtype=F64),
     Case((33, 2), 2, vae="ltx 2", dtype=F64, build=MIRRORED),
+    Case((35, 2), 4, vae="cogvideox", dtype=F64),
 ]
 PART = [
     Case((7, 3), 2, vae="wan", size=2, active=2),
@@ -64,10 +81,17 @@ PART = [
 
 
 @pytest.mark.parametrize(
-    ("world_size", "cases"), [(2, CASES[::2] + LONG), (3, CASES[::3]), (4, CASES[1::2] + PART)]
+    ("world_size", "cases"), [(2, CASES[::2] + LONG + BLOCKS), (3, CASES[::3]), (4, CASES[1::2] + PART)]
 )
 def test_the_result_is_the_untiled_one_up_to_rounding(world_size: int, cases: list[Case]) -> None:
     check_cases(world_size, cases)
+
+
+def test_one_process_without_a_group_runs_a_clip_in_bands() -> None:
+    for case in BLOCKS[:3]:
+        case = attrs.evolve(case, active=None)
+        report = run_case(0, case, expect(case))
+        assert all(value for name, value in report.items() if name != "digest"), (case, report)
 
 
 class BoomError(Exception):
@@ -93,7 +117,8 @@ def fail_and_go_on(rank: int) -> dict[str, bool]:
     vae.disable_tiling()
     expected = vae.decode(value).sample
     found["right"] = float((wrapped.decode(value).sample - expected).abs().max()) < 2e-5  # rounding
-    for options in ({"row_blocks": 4}, {"deterministic": "reference"}):
+    again = {"row_blocks": 4, "recompute": "always"}
+    for options in (again, {"peak_limit": "1KiB"}, {"deterministic": "reference"}):
         with counted() as seen, pytest.raises(UnsupportedError):
             parallelize_vae(vae, strategy="shard", strategy_options=options).decode(value)
         found[f"{options} sent nothing"] = not seen.sent

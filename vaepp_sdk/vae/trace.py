@@ -38,7 +38,7 @@ class LayerCall:
         source: the index of the innermost call whose very output is this one's input, unchanged since;
             `INPUT` or `UNKNOWN`.
         in_shape: the shape of its first argument.
-        out_shape: the shape of its result.
+        out_shape: the shape of its result, or of the first of several.
         operators: the torch operators it runs itself, outside the modules it calls, sorted.
         settings: its plain public attributes, as in `("kernel_size", (3, 3))`, sorted by name.
         before: values alive when it began; see `LayerTrace.peak`.
@@ -148,6 +148,8 @@ class _Recorder(TorchDispatchMode):
     def end(self, output: Any) -> None:
         """The innermost open call ends."""
         index = self._open.pop()
+        if isinstance(output, tuple) and output:
+            output = output[0]
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
         operators = tuple(sorted(self._operators[index]))
         peak = self._live.peak

@@ -11,9 +11,9 @@ from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.joined import activate_joined
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
-from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.layers.reach import NO_ROWS, Reach
 
-__all__ = ["band_group_norm", "band_pointwise"]
+__all__ = ["band_frame_norm", "band_group_norm", "band_pointwise"]
 
 
 def band_group_norm(
@@ -47,6 +47,24 @@ def band_group_norm(
         if reach or carried is not None:
             bands.carry(result, halo.mapped(normalise))
         return result
+
+    return forward
+
+
+def band_frame_norm(norm: nn.GroupNorm, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for `norm` on every frame of a clip; the statistics of all frames travel together.
+
+    Args:
+        norm: the layer.
+        bands: this rank's band.
+        scale: the resolution of its input, `(batch, channels, frames, rows, columns)`.
+    """
+    normalise = band_group_norm(norm, bands, NO_ROWS, scale)
+
+    def forward(clip: torch.Tensor) -> torch.Tensor:
+        frames = clip.transpose(1, 2).flatten(0, 1)
+        by_clip: torch.Tensor = normalise(frames).unflatten(0, (clip.shape[0], clip.shape[2]))
+        return by_clip.transpose(1, 2)
 
     return forward
 

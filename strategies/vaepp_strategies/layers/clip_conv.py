@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d, CogVideoXSafeConv3d
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoCausalConv3d
@@ -40,6 +41,8 @@ class ClipConvolution:
             given take the place of those before.
         time_mode: zeros, or copies of the first and the last frame.
         further: what the class gives it besides the clip: nothing, earlier frames, or whether it is causal.
+        hands_back: how many of its last frames it returns beside its output, for the next call; None
+            where it returns its output alone.
     """
 
     convolution: nn.Conv3d
@@ -48,6 +51,7 @@ class ClipConvolution:
     time: tuple[int, int]
     time_mode: PadMode
     further: Literal["nothing", "earlier", "causal"] = "nothing"
+    hands_back: int | None = None
 
     def causal(self, causal: bool) -> ClipConvolution:
         """The same with all frames of padding before the first one, or half of them after the last one."""
@@ -154,8 +158,18 @@ def _told(layer: Any) -> ClipConvolution:
     )
 
 
+def _handing_back(layer: Any) -> ClipConvolution:
+    """It returns its last frames for the next call, or pads every call by copies of the edges."""
+    frames, space = layer.time_pad, (layer.height_pad, layer.width_pad)
+    if layer.pad_mode == "replicate":
+        return ClipConvolution(layer.conv, space, "replicate", (frames, 0), "replicate", hands_back=0)
+    return ClipConvolution(layer.conv, space, "constant", (frames, 0), "replicate", "earlier", frames)
+
+
 CLIP_LAYERS: Mapping[type[nn.Module], Callable[[Any], ClipConvolution]] = {
     nn.Conv3d: _plain,
+    CogVideoXCausalConv3d: _handing_back,
+    CogVideoXSafeConv3d: _plain,
     HunyuanVideo15CausalConv3d: _holding,
     HunyuanVideoCausalConv3d: _holding,
     LTX2VideoCausalConv3d: _told,
@@ -217,7 +231,7 @@ def band_clip_convolution(
     keep = plain.time[0] if plain.further == "earlier" else 0
     above, below = _Memory(keep), _Memory(keep)
 
-    def forward(values: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    def forward(values: torch.Tensor, *args: Any, **named: Any) -> Any:
         halo = bands.carried(values) or bands.fetch(values, window.reach + give, name)
         further = next(iter((*args, *named.values())), None)
         earlier = further if plain.further == "earlier" else None
@@ -226,8 +240,9 @@ def band_clip_convolution(
         halo = halo.mapped(above.joined, below.joined)
 
         def whole(band: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = own(layer, band, *args, **named)
-            return result
+            result: Any = own(layer, band, *args, **named)
+            found: torch.Tensor = result if plain.hands_back is None else result[0]
+            return found
 
         def rows(strip: torch.Tensor) -> torch.Tensor:
             return clip.rows(strip, axis, frames)
@@ -238,6 +253,17 @@ def band_clip_convolution(
             out, beyond = convolve_band(values, halo, axis, window, whole, rows, give, earlier)
         if give:
             bands.carry(out, beyond)
-        return out
+        return out if plain.hands_back is None else (out, _last_frames(values, earlier, plain.hands_back))
 
     return forward
+
+
+def _last_frames(values: torch.Tensor, earlier: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """The last frames of a call and those before it; before the first call stand copies of a frame."""
+    if not count:
+        return None
+    missing = count - values.shape[2]
+    if missing <= 0:
+        return values[:, :, -count:].clone()
+    before = values[:, :, :1].expand(-1, -1, missing, -1, -1) if earlier is None else earlier[:, :, -missing:]
+    return torch.cat([before, values], dim=2)

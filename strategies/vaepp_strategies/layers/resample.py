@@ -14,7 +14,14 @@ from vaepp_strategies.layers.conv import convolution_window, convolve_band
 from vaepp_strategies.layers.joined import double_joined
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
 
-__all__ = ["band_clip_upsample", "band_downsample", "band_pad", "band_upsample", "band_upsample_block"]
+__all__ = [
+    "band_clip_upsample",
+    "band_downsample",
+    "band_pad",
+    "band_padded_convolution",
+    "band_upsample",
+    "band_upsample_block",
+]
 
 
 def band_upsample(
@@ -121,6 +128,33 @@ def band_downsample(block: Any, bands: Bands, name: str) -> Callable[..., torch.
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, DOWNSAMPLE_WINDOW.reach, name)
         return convolve_band(values, halo, bands.axis, DOWNSAMPLE_WINDOW, whole, rows)[0]
+
+    return forward
+
+
+def band_padded_convolution(
+    convolution: nn.Conv2d, bands: Bands, name: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for a convolution with stride 2 whose input has a row and a column of padding at its end.
+
+    The next band's first row takes the place of that row.
+
+    Args:
+        convolution: the layer, without padding of its own.
+        bands: this rank's band.
+        name: names the exchange in errors.
+    """
+    axis = bands.axis
+    across = -1 if axis == -2 else -2
+
+    def forward(padded: torch.Tensor) -> torch.Tensor:
+        own = padded.narrow(axis, 0, padded.shape[axis] - 1).narrow(across, 0, padded.shape[across] - 1)
+        halo = bands.fetch(own, DOWNSAMPLE_WINDOW.reach, name)
+        _, below = halo.rows()
+        if below is not None:
+            # No one else has this tensor: the layer made it to pad.
+            padded.narrow(axis, -1, 1).narrow(across, 0, own.shape[across]).copy_(below)
+        return nn.Conv2d.forward(convolution, padded)
 
     return forward
 
