@@ -142,8 +142,8 @@ def band_forwards(
     found = _front_forwards(vae, bands, plan.front) if plan.front else {}
     if plan.front and plan.front.doubled:
         name = plan.front.doubled
-        reach, give = steps[name].reach, given.get(f"{name}.conv", NO_ROWS)
-        layer = vae.get_submodule(name)
+        layer, step = vae.get_submodule(name), steps.get(name)
+        reach, give = NO_ROWS if step is None else step.reach, given.get(f"{name}.conv", NO_ROWS)
         found[layer] = band_doubled_convolution(layer, bands, reach, name, give)
     before = (*plan.front.layers, plan.front.attention) if plan.front else ()
     for index, call in visible_calls(trace):

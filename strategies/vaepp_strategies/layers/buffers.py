@@ -26,12 +26,8 @@ class Buffers:
     """Flat byte buffers of one device.
 
     There are never more of them, and hardly more bytes, than were in use at one time.
-
-    Attributes:
-        made: how many were allocated.
     """
 
-    made: int = 0
     _free: list[torch.Tensor] = attrs.field(factory=list, init=False)
 
     def take(self, nbytes: int, like: torch.Tensor) -> torch.Tensor:
@@ -42,7 +38,6 @@ class Buffers:
         small = [one for one in self._free if one.numel() < nbytes]
         if small:  # the new one takes its place
             self._remove(max(small, key=torch.Tensor.numel))
-        self.made += 1
         return like.new_empty(nbytes, dtype=torch.uint8)
 
     def give(self, buffers: Sequence[torch.Tensor]) -> None:
