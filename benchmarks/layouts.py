@@ -184,7 +184,7 @@ def main() -> int:
             for row in measure(name, Path(folder) / "model", arguments.ranks):
                 rows.append(row)
                 print(_line(row), flush=True)
-    write(arguments.out, {"environment": environment()}, [attrs.asdict(row) for row in rows])
+        write(arguments.out, {"environment": environment()}, [attrs.asdict(row) for row in rows])
     bad = [row for row in rows if not row.is_good]
     print(f"{len(rows)} layouts, {len(bad)} not as promised")
     return 1 if bad else 0
