@@ -38,8 +38,12 @@ class Model:
     tensor: tuple[int, ...]
 
 
-def sizes_of(**config: float) -> Mapping[str, Any]:
+def sizes_of(**config: Any) -> Mapping[str, Any]:
     return config
+
+
+CLIP_VAE = {"temperal_downsample": [False, True, True], "scale_factor_spatial": 8, "scale_factor_temporal": 4}
+"""What the VAEs of Qwen-Image and Wan say of their scales."""
 
 
 MODELS: Mapping[str, Model] = {
@@ -78,7 +82,9 @@ MODELS: Mapping[str, Model] = {
     ),
     "Wan 2.1 14B": Model(
         "WanPipeline",
-        sizes_of(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40),
+        sizes_of(
+            num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, patch_size=[1, 2, 2]
+        ),
         heads=40,
         layers=40,
         tensor=(2, 4, 8),
@@ -98,7 +104,8 @@ def prepared(
 ) -> Resolved:
     """What `vaepp-run` and `Pipeline.from_spec` do before they start or join ranks."""
     model = MODELS[name]
-    path = model_folder(folder / "model", model.pipeline, dict(model.config))
+    vae = CLIP_VAE if model.pipeline in ("QwenImagePipeline", "WanPipeline") else None
+    path = model_folder(folder / "model", model.pipeline, dict(model.config), vae)
     parallel = {KEYS[axis]: size for axis, size in sizes.items()}
     asked = {"prompt": "a cup", **(call or {})}
     tables = {"model": {"id": str(path)}, "parallel": parallel, "call": asked}
