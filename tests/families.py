@@ -119,8 +119,8 @@ QWEN = Family(
     guided=_GUIDED | {"true_cfg_scale": 3.0},
     plain={},
     several=_SEVERAL | {"width": 96},
-    two=((CFG,), (TENSOR,), (PIPELINE,), (DATA,)),
-    four=((CFG, PIPELINE), (DATA, TENSOR)),
+    two=ALL,
+    four=((CFG, PIPELINE), (DATA, TENSOR), (PIPELINE, ULYSSES), (ULYSSES, RING)),
 )
 WAN = Family(
     build=tiny_wan.build,

@@ -219,6 +219,8 @@ class ChainPlan:
             in a block; left out, all of them in their order.
         joined: the arguments that hold something for every token of the first of `joins`, as positions do,
             and the dimension it lies on.
+        masks: of carried sequences, the argument that says which of their tokens are seen, boolean and
+            `(batch, tokens)`, where a block makes attention's mask of it.
         dropped: the carried arguments that the last block does not return; it gives None in their place.
         local: submodules of a block whose attention is to tokens outside the sequence, as to those of a text,
             which every rank holds.
@@ -230,6 +232,7 @@ class ChainPlan:
     sequence: Mapping[str, int | tuple[int, int]]
     joins: tuple[tuple[str, ...], ...] = ()
     joined: Mapping[str, int] = attrs.field(factory=dict)
+    masks: Mapping[str, str] = attrs.field(factory=dict)
     dropped: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
 

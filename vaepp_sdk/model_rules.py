@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault
-from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.spec import ModelSpec
 
 __all__ = ["model_faults"]
 
-_UNCOMPILED = ("pipeline", "ring", "ulysses")
-"""Dimensions that reach into the blocks while they run, where compiled code does not ask them."""
 
-
-def model_faults(
-    model: ModelSpec, dims: ParallelDims, pipeline: str, entry: PipelineEntry | None
-) -> list[Fault]:
-    """Every setting that the pipeline's plugins, or the sizes of the dimensions, do not allow."""
+def model_faults(model: ModelSpec, pipeline: str, entry: PipelineEntry | None) -> list[Fault]:
+    """Every setting that the pipeline's plugins do not allow."""
     unknown = entry is None or entry.dit is None
     faults = []
     if unknown and model.offload != "none":
@@ -28,8 +22,4 @@ def model_faults(
     if unknown and model.lora:
         found = f"found {len(model.lora)}, and no plugin says what the transformer of {pipeline} is"
         faults.append(Fault("$.model.lora", found, "leave it out"))
-    split = [axis for axis in _UNCOMPILED if axis in dims.active]
-    if split and model.compile != "off":
-        found = f"found {model.compile!r}, and the transformer is split by {', '.join(split)}"
-        faults.append(Fault("$.model.compile", found, "write 'off', or split by data, cfg or tensor"))
     return faults

@@ -126,7 +126,7 @@ def resolve(
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
         faults += excluded_faults(dims, spec.call, entry)
         faults += vae_faults(spec.vae, size, entry, registry)
-        faults += model_faults(spec.model, dims, folder.pipeline_class, entry)
+        faults += model_faults(spec.model, folder.pipeline_class, entry)
         sizes = () if decode_only else read_sizes(entry, folder)
         faults += _call_faults(spec, signature, sizes)
         if upcoming is not None and not faults:

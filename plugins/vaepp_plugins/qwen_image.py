@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 from vaepp_plugins.plan_rules import QKV, TEXT_QKV, four_widths, heads, layers, truly_guided
 from vaepp_plugins.sizes import Configs, sides
-from vaepp_sdk import CallsPlan, ChainPlan, DiTPlan, PipelineEntry, PipelinePlan, TensorPlan, hookimpl
+from vaepp_sdk import (
+    CallsPlan,
+    ChainPlan,
+    DiTPlan,
+    PipelineEntry,
+    PipelinePlan,
+    SequencePlan,
+    TensorPlan,
+    hookimpl,
+)
 
 VAEPP_API = 1
 
@@ -31,7 +40,9 @@ _BLOCKS = ChainPlan(
     blocks="transformer_blocks",
     carried=("encoder_hidden_states", "hidden_states"),
     batched=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb"),
-    sequence={},
+    # The positions are a pair, of the picture and of the text.
+    sequence={"hidden_states": 1, "encoder_hidden_states": 1, "image_rotary_emb": 0},
+    masks={"encoder_hidden_states": "encoder_hidden_states_mask"},
 )
 
 
@@ -55,6 +66,7 @@ def vaepp_register_pipelines(register: Callable[[PipelineEntry], None]) -> None:
                 component="transformer",
                 tensor=_TENSOR,
                 calls=CALLS,
+                sequence=SequencePlan(chains=(_BLOCKS,), heads=heads),
                 pipeline=PipelinePlan(chain=_BLOCKS, layers=layers),
                 data=True,
             ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dims_jobs import Call, difference
-from families import CFG, FAMILIES, PIPELINE, RING, TENSOR, ULYSSES, Layout
+from families import CFG, FAMILIES, PIPELINE, TENSOR, ULYSSES, Layout
 from family_jobs import Model, check_on, models_in
 from pipeline_jobs import resolved_for
 
@@ -57,7 +57,6 @@ def test_guidance_prompts_and_the_second_transformer_change_pictures(models: dic
         ("qwen", {PIPELINE: 4}, ("the model has layers = 3", "at most 3 work")),
         ("wan", {ULYSSES: 5}, ("attention heads = 4", "at most 4 work")),
         ("wan", {CFG: 3}, ("guidance has two branches",)),
-        ("qwen", {RING: 2}, ("how to split QwenImagePipeline by ring", "ZImagePipeline")),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_wan
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import WanTransformer3DModel, ZImageTransformer2DModel
 from pipeline_jobs import loaded, resolved_for, run
 from safetensors.torch import load_file, save_file
 
@@ -48,11 +49,18 @@ def written(path: Path, state: dict[str, torch.Tensor], **metadata: Any) -> Adap
     return Adapter(str(path))
 
 
-def load(model: Path, *adapters: Adapter, index: int = 0, size: int = 1) -> dict[str, torch.Tensor]:
-    dit = default_registry().pipelines["ZImagePipeline"].dit
+def load(
+    model: Path,
+    *adapters: Adapter,
+    index: int = 0,
+    size: int = 1,
+    pipeline: str = "ZImagePipeline",
+    kind: Any = ZImageTransformer2DModel,
+) -> dict[str, torch.Tensor]:
+    dit = default_registry().pipelines[pipeline].dit
     assert dit is not None
     transformer = load_sharded(
-        ZImageTransformer2DModel,
+        kind,
         model / "transformer",
         dit.tensor,
         Row(None, index, size),
@@ -92,6 +100,23 @@ def test_slices_of_all_ranks_are_the_fused_weights(
         for rank in ranks:
             assert near(rank[f"{WHOLE}.weight"], expected[WHOLE])
             assert torch.equal(rank["x_pad_token"], stored["x_pad_token"])
+
+
+def test_slices_of_another_family_are_the_fused_weights(tmp_path: Path) -> None:
+    """Norms over all heads and two kinds of attention are no matter to it."""
+    tiny_wan.build(tmp_path)
+    stored = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = ("blocks.0.attn1.to_q", "blocks.2.ffn.net.2", "condition_embedder.time_embedder.linear_1")
+    state = factors(stored, *layers)
+    adapter = written(tmp_path / "style.safetensors", state, r=RANK, lora_alpha=6)
+    ranks = [
+        load(tmp_path, adapter, index=index, size=2, pipeline="WanPipeline", kind=WanTransformer3DModel)
+        for index in range(2)
+    ]
+    columns, rows, whole = (stored[f"{layer}.weight"] + change(state, layer, 2) for layer in layers)
+    for layer, dim, wanted in ((layers[0], 0, columns), (layers[1], 1, rows)):
+        assert near(torch.cat([rank[f"{layer}.weight"] for rank in ranks], dim), wanted)
+    assert all(near(rank[f"{layers[2]}.weight"], whole) for rank in ranks)
 
 
 def test_other_programs_names_and_strengths_are_read(

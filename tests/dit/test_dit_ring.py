@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dims_jobs import TOLERANCE, Made, check, on
+from dims_jobs import TOLERANCE, Made, check, difference, on
 from dit_traffic import traffic
+from short_texts import beside_short_texts
 from torch.nn import functional as F
 
 from vaepp_sdk.dit.ring import merged, partial_attention
@@ -39,8 +40,8 @@ def attention_rank(rank: int, ulysses: int, ring: int) -> list[float]:
             own = [split.cut(tensor, 2) for tensor in (query, key, value)]
             mine = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask)
         assert len(seen["ring"]) == ring - 1, "keys and values pass each rank once"
-        found.append(float((split.gather(mine, 2, length, "test") - whole).abs().max()))
-    return found
+        found.append(difference(split.gather(mine, 2, length, "test"), whole))
+    return found + [difference(*pair) for pair in beside_short_texts(split)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

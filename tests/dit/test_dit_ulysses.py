@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dims_jobs import Made, check, on
+from dims_jobs import TOLERANCE, Made, check, difference, on
+from short_texts import beside_short_texts
 from torch.nn import functional as F
 
 from vaepp_sdk.dit.row import Row
@@ -30,7 +31,8 @@ def attention_rank(rank: int, size: int) -> dict[str, Any]:
             found = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask)
         assert mode.calls == 1
         equal.append(torch.equal(split.gather(found, 2, length, "test"), whole))
-    return {"equal": equal, "parts": split.parts(11)}
+    beside = [difference(*pair) for pair in beside_short_texts(split)]
+    return {"equal": equal, "beside": beside, "parts": split.parts(11)}
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -46,19 +48,22 @@ def test_pictures_are_the_bits_of_one_process(
 def test_heads_and_lengths_that_do_not_divide() -> None:
     for rank in run_ranks(3, attention_rank, 3):
         assert rank["equal"] == [True] * 3
+        assert max(rank["beside"]) <= TOLERANCE  # layers over one or two rows round as no longer ones do
         assert rank["parts"] == (4, 4, 3)
 
 
 def test_what_cannot_be_split_is_refused() -> None:
     split = SequenceSplit(Row(None, 0, 2), Row(None, 0, 1))
     with pytest.raises(UnsupportedError, match="a sequence of 1 cannot be cut into 2 parts"):
-        split.parts(1)
+        split.joined([1, 0])
     query = torch.randn(1, 2, 4, 8)
-    for settings in ({"is_causal": True}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)}):
-        with (
-            SplitAttention(split, [Joined(((4, 4),))]),
-            pytest.raises(UnsupportedError, match="this attention is another"),
-        ):
+    other = "this attention is another"
+    for settings, words in (
+        ({"is_causal": True}, other),
+        ({"attn_mask": torch.ones(4, 4, dtype=torch.bool)}, other),
+        ({"attn_mask": torch.ones(1, 1, 1, 4, dtype=torch.bool)}, "8 keys was given a mask over 4"),
+    ):
+        with SplitAttention(split, [Joined(((4, 4),))]), pytest.raises(UnsupportedError, match=words):
             F.scaled_dot_product_attention(query, query, query, **settings)
 
 

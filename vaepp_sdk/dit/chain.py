@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from vaepp_sdk.dit.line import Carried, Elsewhere, Stage
+from vaepp_sdk.dit.line import Carried, Elsewhere, RowsInPlace, Stage
 from vaepp_sdk.dit.sequence import Joined, LocalAttention, SequenceSplit, SplitAttention
 from vaepp_sdk.entries import ChainPlan
 from vaepp_sdk.errors import UnsupportedError
@@ -29,6 +29,10 @@ class Chain(nn.ModuleList):
         plan: what its blocks take.
         split: the ranks that share the sequence, or None.
         stage: the ranks that share the layers, or None.
+
+    Attributes:
+        compiled: whether torch.compile has its blocks.
+        local: their submodules whose attention stays as it is.
     """
 
     def __init__(
@@ -36,14 +40,31 @@ class Chain(nn.ModuleList):
     ) -> None:
         super().__init__(blocks)
         self._plan, self._split, self._stage = plan, split, stage
+        self.compiled, self.local = False, plan.local
         self._own = [block for block in blocks if not isinstance(block, Elsewhere)]
         if split is not None:
-            for module in (block.get_submodule(name) for block in self._own for name in plan.local):
+            for module in self._local_modules():
                 module.forward = LocalAttention(module.forward)
+
+    def leave_to_compiler(self) -> None:
+        """Be ready for compiled blocks: their graphs say which attention is local, and are to be alike."""
+        self.compiled = True
+        if self._split is not None:
+            for module in self._local_modules():
+                del module.forward
+
+    def _local_modules(self) -> list[nn.Module]:
+        return [block.get_submodule(name) for block in self._own for name in self.local]
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:  # type: ignore[override]
         """All blocks as one."""
         return iter((self._run,))
+
+    @property
+    def functions(self) -> tuple[Any, ...]:
+        """What of torch's this rank takes over while they run."""
+        attention = (SplitAttention.function,) if self._split else ()
+        return (*attention, RowsInPlace.function) if self._stage else attention
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The carried values after the last block, as the blocks themselves return them."""
@@ -52,14 +73,11 @@ class Chain(nn.ModuleList):
         split, plan = self._split, self._plan
         places = _places(plan, arguments)
         lengths = {name: arguments[name].shape[dim] for name, dim in places.items() if name in plan.carried}
-        attention: Any = nullcontext()
         if split is not None:
             arguments = self._cut(arguments, places, lengths)
-            attention = SplitAttention(split, self._layouts(lengths))
-        with attention:
-            carried = self._stage.run(arguments, self._blocks) if self._stage else self._blocks(arguments)
+        work = partial(self._blocks, lengths)
+        carried = self._stage.run(arguments, work, compiled=self.compiled) if self._stage else work(arguments)
         if split is not None:
-            self._check(attention)
             carried = tuple(
                 None
                 if value is None
@@ -68,8 +86,20 @@ class Chain(nn.ModuleList):
             )
         return carried[0] if len(carried) == 1 else carried
 
-    def _blocks(self, arguments: dict[str, Any]) -> Carried:
-        """Run this rank's blocks."""
+    def _blocks(self, lengths: Mapping[str, int], arguments: dict[str, Any]) -> Carried:
+        """Run this rank's blocks, on the whole batch or on a part of it."""
+        split = self._split
+        if split is None:
+            return self._each(arguments)
+        masks = {name: arguments[name] for name in self._plan.masks.values() if name in arguments}
+        attention = SplitAttention(split, self._layouts(lengths, masks))
+        with attention.over(compiled=self.compiled):
+            carried = self._each(arguments | {name: split.cut(mask, 1) for name, mask in masks.items()})
+        self._check(attention)
+        return carried
+
+    def _each(self, arguments: dict[str, Any]) -> Carried:
+        """Run them one after another."""
         carried: Carried = ()
         for block in self._own:
             made = block(**arguments)
@@ -94,18 +124,34 @@ class Chain(nn.ModuleList):
     def _joins(self) -> tuple[tuple[str, ...], ...]:
         return self._plan.joins or (self._plan.carried,)
 
-    def _layouts(self, lengths: Mapping[str, int]) -> list[Joined]:
+    def _layouts(self, lengths: Mapping[str, int], masks: Mapping[str, Any]) -> list[Joined]:
         """How the sequences lie on the ranks that each kind of attention sees."""
         assert self._split is not None
-        parts = {name: self._split.parts(length) for name, length in lengths.items()}
-        return [Joined(tuple(parts[name] for name in names)) for names in self._joins]
+        found = []
+        for names in self._joins:
+            given = [masks.get(self._plan.masks.get(name, "")) for name in names]
+            of_each = [lengths[name] for name in names]
+            found.append(self._split.joined(of_each, _whole_mask(given, of_each)))
+        return found
 
-    def _check(self, attention: Any) -> None:
+    def _check(self, attention: SplitAttention) -> None:
         if attention.calls < len(self._own):
             raise UnsupportedError(
                 f"the attention of {self._plan.blocks} is not torch's own and cannot be split over the "
                 "sequence; leave DIFFUSERS_ATTN_BACKEND unset, or set it to native"
             )
+
+
+def _whole_mask(masks: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor | None:
+    """Which tokens of joined sequences are seen, `(batch, 1, 1, tokens)`; all of one without a mask."""
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
+        return None
+    each = [
+        known.new_ones(len(known), length) if mask is None else mask
+        for mask, length in zip(masks, lengths, strict=True)
+    ]
+    return torch.cat(each, 1)[:, None, None]
 
 
 def _places(plan: ChainPlan, arguments: Mapping[str, Any]) -> dict[str, int]:

@@ -13,9 +13,9 @@ import attrs
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from vaepp_sdk.dit.row import Row, even_parts
+from vaepp_sdk.dit.takeover import Takeover
 from vaepp_sdk.entries import ChainPlan
 from vaepp_sdk.errors import UnsupportedError
 
@@ -29,7 +29,7 @@ class Elsewhere(nn.Module):
     """Stands where a layer is that another rank holds; it has no weights and never runs."""
 
 
-class RowsInPlace(TorchFunctionMode):
+class RowsInPlace(Takeover):
     """Inside its block, linear layers over one row for each item of a part round as on the whole batch.
 
     A kernel is picked by the number of rows, so among fewer rows a row would round otherwise. These layers,
@@ -41,19 +41,19 @@ class RowsInPlace(TorchFunctionMode):
         length: the part's number of rows.
     """
 
+    function = F.linear
+
     def __init__(self, batch: int, start: int, length: int) -> None:
         super().__init__()
         self._batch, self._start, self._length = batch, start, length
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Take over those linear layers."""
-        if func is not F.linear or args[0].ndim != 2 or len(args[0]) != self._length:
-            return func(*args, **(kwargs or {}))
-        whole = args[0].new_zeros((self._batch, args[0].shape[1]))
-        whole.narrow(0, self._start, self._length).copy_(args[0])
-        return func(whole, *args[1:], **(kwargs or {})).narrow(0, self._start, self._length)
+    def own(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output, computed in the rows of the whole batch."""
+        if given.ndim != 2 or len(given) != self._length:
+            return F.linear(given, *args, **kwargs)
+        whole = given.new_zeros((self._batch, given.shape[1]))
+        whole.narrow(0, self._start, self._length).copy_(given)
+        return F.linear(whole, *args, **kwargs).narrow(0, self._start, self._length)
 
 
 @attrs.frozen(eq=False)
@@ -93,6 +93,8 @@ class Stage:
         self,
         arguments: Mapping[str, Any],
         work: Callable[[dict[str, Any]], Any],
+        *,
+        compiled: bool,
     ) -> Carried:
         """Run all layers, this rank its own ones, and give every rank what the last layer makes.
 
@@ -101,6 +103,7 @@ class Stage:
         Args:
             arguments: the layers' arguments by name; the carried ones count on the first rank only.
             work: runs this rank's layers, and returns the carried values.
+            compiled: whether the layers are.
         """
         batch = arguments[self.plan.carried[0]].shape[0]
         made, sends = [], []
@@ -108,7 +111,7 @@ class Stage:
             start, length = int(part[0]), len(part)
             own = self._narrowed(arguments, start, length)
             own |= self._received(own)
-            with RowsInPlace(batch, start, length):
+            with RowsInPlace(batch, start, length).over(compiled=compiled):
                 made.append(work(own))
             sends += self._sent(made[-1])
         for sending in sends:

@@ -167,7 +167,8 @@ class Row:
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
         """Count an exchange, and say which ranks it waited for where it fails."""
-        EXCHANGES.begin()
+        if not torch.compiler.is_compiling():  # a graph would be compiled anew for each count
+            EXCHANGES.begin()
         try:
             yield
         except RuntimeError as error:

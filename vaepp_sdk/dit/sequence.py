@@ -6,16 +6,16 @@ Ulysses row hold neighbouring parts of the sequence, and the rings run over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from vaepp_sdk.dit.ring import ring_attention
 from vaepp_sdk.dit.row import Row, even_parts
+from vaepp_sdk.dit.takeover import Takeover
 from vaepp_sdk.errors import UnsupportedError
 
 __all__ = ["Joined", "LocalAttention", "SequenceSplit", "SplitAttention"]
@@ -44,26 +44,40 @@ class SequenceSplit:
         return self.ring.index * self.ulysses.size + self.ulysses.index
 
     def parts(self, length: int) -> tuple[int, ...]:
-        """The lengths of the parts of a sequence.
-
-        Raises:
-            UnsupportedError: it is too short for every rank to have some of it.
-        """
-        if length < self.size:
-            raise UnsupportedError(
-                f"a sequence of {length} cannot be cut into {self.size} parts; "
-                f"ulysses_degree x ring_degree can be at most {length} for it"
-            )
+        """The lengths of the parts of a sequence; the last ones of a short one are empty."""
         return even_parts(length, self.size)
 
+    def joined(self, lengths: Sequence[int], mask: torch.Tensor | None = None) -> Joined:
+        """How sequences that attention sees one after another lie on the ranks.
+
+        Args:
+            lengths: of the sequences.
+            mask: as `Joined` has it.
+
+        Raises:
+            UnsupportedError: they are too short for every rank to have some of them.
+        """
+        longest = max(lengths)
+        if longest < self.size:
+            raise UnsupportedError(
+                f"a sequence of {longest} cannot be cut into {self.size} parts; "
+                f"ulysses_degree x ring_degree can be at most {longest} for it"
+            )
+        return Joined(tuple(self.parts(length) for length in lengths), mask)
+
     def cut(self, value: Any, dim: int) -> Any:
-        """This rank's part of a tensor, or of every tensor in a tuple or list; None stays None."""
+        """This rank's part of a tensor, or of every tensor in a tuple or list; None stays None.
+
+        In place of an empty part there is one token, as models do not expect none; attention leaves it out.
+        """
         if isinstance(value, (tuple, list)):
             return type(value)(self.cut(item, dim) for item in value)
         if value is None:
             return None
         parts = self.parts(value.shape[dim])
-        return value.narrow(dim, sum(parts[: self.index]), parts[self.index]).contiguous()
+        own = parts[self.index]
+        start = sum(parts[: self.index]) if own else 0
+        return value.narrow(dim, start, own or 1).contiguous()
 
     def cut_joined(self, value: Any, dim: int, lengths: Sequence[int]) -> Any:
         """This rank's part of each of several sequences that lie one after another; else as `cut`."""
@@ -75,8 +89,10 @@ class SequenceSplit:
 
     def gather(self, tensor: torch.Tensor, dim: int, length: int, what: str) -> torch.Tensor:
         """The whole sequence, of `length`, from the parts on all ranks."""
-        rows = self.rows(self.parts(length))
-        chunk = self.ulysses.gather(tensor, dim, rows[self.ring.index], what)
+        parts = self.parts(length)
+        rows = self.rows(parts)
+        own = tensor.narrow(dim, 0, parts[self.index])
+        chunk = self.ulysses.gather(own, dim, rows[self.ring.index], what)
         return self.ring.gather(chunk, dim, [sum(row) for row in rows], what)
 
     def rows(self, parts: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -95,13 +111,40 @@ class Joined:
 
     Attributes:
         parts: of each sequence, the lengths of its parts on all ranks.
+        mask: which tokens of the whole are seen, `(batch, 1, 1, tokens)`; takes the place of the mask that a
+            block makes of its rank's part.
     """
 
     parts: tuple[tuple[int, ...], ...]
+    mask: torch.Tensor | None = attrs.field(default=None, eq=False)
+
+    @property
+    def length(self) -> int:
+        """How many tokens all ranks have."""
+        return sum(map(sum, self.parts))
 
     def own(self, rank: int) -> int:
         """How many tokens the rank at a place has."""
         return sum(part[rank] for part in self.parts)
+
+    def held(self, rank: int) -> list[int]:
+        """Of each sequence, how many tokens its blocks work on; one in place of none."""
+        return [part[rank] or 1 for part in self.parts]
+
+    def without_stand_ins(self, tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """Leave out the tokens that stand for empty parts."""
+        if all(part[rank] for part in self.parts):
+            return tensor
+        pieces = tensor.split(self.held(rank), dim)
+        return torch.cat([piece for piece, part in zip(pieces, self.parts, strict=True) if part[rank]], dim)
+
+    def with_stand_ins(self, tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """The way back; nobody looks at what they hold."""
+        if all(part[rank] for part in self.parts):
+            return tensor
+        pieces = tensor.split([part[rank] for part in self.parts], dim)
+        blank = torch.zeros_like(tensor.narrow(dim, 0, 1))
+        return torch.cat([piece if piece.shape[dim] else blank for piece in pieces], dim)
 
     def by_sequence(self, tensor: torch.Tensor, dim: int, ranks: range) -> torch.Tensor:
         """From the order of some ranks' parts to that of the whole."""
@@ -149,7 +192,7 @@ class LocalAttention:
             LocalAttention.depth -= 1
 
 
-class SplitAttention(TorchFunctionMode):
+class SplitAttention(Takeover):
     """Inside its block, scaled-dot-product attention sees the sequence of all ranks.
 
     So the processors of a model stay its own: whatever they do around attention works on one token at a time.
@@ -159,26 +202,22 @@ class SplitAttention(TorchFunctionMode):
         layouts: how the sequences lie on them that each kind of attention sees; told apart by their length.
     """
 
+    function = F.scaled_dot_product_attention
+
     def __init__(self, split: SequenceSplit, layouts: Sequence[Joined]) -> None:
         super().__init__()
         self._split = split
-        self._layouts = {layout.own(split.index): layout for layout in layouts}
+        self._layouts = {sum(layout.held(split.index)): layout for layout in layouts}
         size = split.ulysses.size
         self._rows = [range(start * size, (start + 1) * size) for start in range(split.ring.size)]
         self.calls = 0
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Take over the one function."""
-        if func is not F.scaled_dot_product_attention or LocalAttention.depth:
-            return func(*args, **(kwargs or {}))
+    def own(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attention to the sequence, or as it is inside of `LocalAttention`."""
+        if LocalAttention.depth:
+            return F.scaled_dot_product_attention(*args, **kwargs)
         self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
+        return self._attend(*args, **kwargs)
 
     def _attend(
         self,
@@ -199,7 +238,9 @@ class SplitAttention(TorchFunctionMode):
                 "ulysses and ring split self-attention with masks over keys only; this attention is another"
             )
         assert layout is not None
-        ulysses, ring = self._split.ulysses, self._split.ring
+        attn_mask = self._whole(attn_mask, layout)
+        ulysses, ring, rank = self._split.ulysses, self._split.ring, self._split.index
+        query, key, value = (layout.without_stand_ins(each, 2, rank) for each in (query, key, value))
         heads = query.shape[1]
         if ulysses.size > 1:
             query, key, value = self._to_heads(layout, query, key, value)
@@ -209,7 +250,19 @@ class SplitAttention(TorchFunctionMode):
             found = ring_attention(query, key, value, mask, scale, ring, lengths)
         else:
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-        return self._to_parts(layout, found, heads) if ulysses.size > 1 else found
+        found = self._to_parts(layout, found, heads) if ulysses.size > 1 else found
+        return layout.with_stand_ins(found, 2, rank)
+
+    def _whole(self, mask: torch.Tensor | None, layout: Joined) -> torch.Tensor | None:
+        """The mask over the keys of all ranks, where a block has one over those of this rank."""
+        if mask is None or mask.shape[-1] == layout.length:
+            return mask
+        if mask.shape[-1] == sum(layout.held(self._split.index)) and layout.mask is not None:
+            return layout.mask
+        raise UnsupportedError(
+            f"attention to {layout.length} keys was given a mask over {mask.shape[-1]}, and the plan for "
+            "ulysses and ring does not say which tokens are masked"
+        )
 
     def _to_heads(self, layout: Joined, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From all heads of this rank's part to its own heads of the whole row's parts."""

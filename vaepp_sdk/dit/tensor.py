@@ -65,7 +65,7 @@ class RowwiseLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The whole layer's output, the same on every rank."""
         output = F.linear(input, self.weight)
-        self._group.sum(output, self._name)
+        self._group.sum(output, _name(self))
         # Each rank holds the whole bias: added before the sum it would count once for every rank.
         return output if self.bias is None else output + self.bias
 
@@ -85,10 +85,15 @@ class SharedNorm(nn.RMSNorm):
         # In float32, as torch's own norm works inside.
         values = x.float()
         squares = values.square().sum(-1, keepdim=True)
-        self._group.sum(squares, self._name)
+        self._group.sum(squares, _name(self))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         normed = values * torch.rsqrt(squares / self._whole + eps)
         return (normed if self.weight is None else normed * self.weight).to(x.dtype)
+
+
+def _name(layer: RowwiseLinear | SharedNorm) -> str:
+    """A layer's name for errors; not in compiled graphs, as all layers of a kind are to share one."""
+    return "a layer" if torch.compiler.is_compiling() else layer._name
 
 
 def shard_modules(model: nn.Module, plan: TensorPlan, group: Row) -> Mapping[str, Shard]:

@@ -84,7 +84,7 @@ class ModelSpec:
         default="off",
         metadata=about(
             "Compiles the transformer's blocks with this backend of torch.compile; `inductor` is the fast "
-            "one, the others help to find faults. Works with data, cfg and tensor parallelism.",
+            "one, the others help to find faults. Works together with every dimension.",
             choices=("off", "inductor", "aot_eager", "eager"),
         ),
     )
