@@ -78,37 +78,51 @@ def test_a_prompt_may_be_written_anew(folder: Path) -> None:
     assert pixels(found.images) == pixels(wanted.images)
 
 
-SPREAD = (
-    ("flux2", ULYSSES, "tile"),
-    ("flux2", ULYSSES, "patch"),
-    ("klein", CFG, "tile"),
-    ("klein", CFG, "shard"),
-)
-"""Models, dimensions that give the latents of one process, and strategies."""
+Spread = tuple[str, Mapping[str, int], str, Mapping[str, Any]]
+
+WIDE = {"width": 288}
+"""More than a tile of Qwen-Image's VAE, which no config makes smaller."""
+
+SPREAD: Mapping[int, tuple[Spread, ...]] = {
+    2: (
+        ("flux2", {ULYSSES: 2}, "tile", {}),
+        ("flux2", {ULYSSES: 2}, "patch", {}),
+        ("klein", {CFG: 2}, "tile", {}),
+        ("klein", {CFG: 2}, "shard", {}),
+    ),
+    4: (
+        ("qwen", {ULYSSES: 2, CFG: 2}, "tile", WIDE),
+        ("qwen", {ULYSSES: 2, CFG: 2}, "shard", {}),
+    ),
+}
+"""By ranks, which all share the VAE's work: models, layouts with the latents of one process, strategies, sizes."""
 
 
-def spread_rank(rank: int, folder: str) -> list[list[Image]]:
-    """Guided pictures on two ranks."""
+def spread_rank(rank: int, ranks: int, folder: str) -> list[list[Image]]:
+    """Guided pictures of each case."""
     found = []
-    for name, axis, strategy in SPREAD:
+    for name, layout, strategy, size in SPREAD[ranks]:
         family = PICTURES[name]
         resolved = resolved_for(
             f"{folder}/{name}",
-            parallel={axis: 2, "vae_patch_parallel_size": 2},
+            parallel={**layout, "vae_patch_parallel_size": ranks},
             vae={"strategy": strategy},
             call=dict(family.base),
         )
-        found.append(run(loaded(resolved), resolved, **family.guided).images)
+        found.append(run(loaded(resolved), resolved, **{**family.guided, **size}).images)
     return found
 
 
-def test_packed_latents_are_decoded_on_two_ranks(folder: Path) -> None:
-    first, second = run_ranks(2, spread_rank, str(folder))
-    assert not any(second)
-    for (name, _, strategy), images in zip(SPREAD, first, strict=True):
+@pytest.mark.parametrize("ranks", SPREAD)
+def test_packed_latents_are_decoded_on_all_ranks(folder: Path, ranks: int) -> None:
+    first, *others = run_ranks(ranks, spread_rank, ranks, str(folder))
+    assert not any(images for rank in others for images in rank)
+    for (name, _, strategy, size), images in zip(SPREAD[ranks], first, strict=True):
         family = PICTURES[name]
-        wanted = of_diffusers(folder / name, {**family.base, **family.guided}, strategy == "tile")
+        call = {**family.base, **family.guided, **size}
+        wanted = of_diffusers(folder / name, call, strategy == "tile")
         if strategy == "tile":
+            assert pixels(wanted) != pixels(of_diffusers(folder / name, call)), "tiles must be in play"
             assert pixels(images) == pixels(wanted)
         off = np.abs(np.stack(images).astype(float) - np.stack(wanted))
         assert strategy != "shard" or off.max() <= 1  # a value next to a half may round the other way
