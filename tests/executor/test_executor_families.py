@@ -95,7 +95,7 @@ SPREAD: Mapping[int, tuple[Spread, ...]] = {
         ("qwen", {ULYSSES: 2, CFG: 2}, "shard", {}),
     ),
 }
-"""By ranks, which all share the VAE's work: models, layouts with the latents of one process, strategies, sizes."""
+"""By ranks, which all share the VAE: models, layouts with the latents of one process, strategies, sizes."""
 
 
 def spread_rank(rank: int, ranks: int, folder: str) -> list[list[Image]]:
