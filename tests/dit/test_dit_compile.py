@@ -40,7 +40,7 @@ class Job:
         sizes: the `[parallel]` table.
         call: the `[call]` table.
         graphs: the most graphs that a rank compiles for it: one for each kind of block and of arguments.
-        backend: one that generates no code, so that bits must be equal; what a compiler makes is torch's to test.
+        backend: one that generates no code, so that bits must be equal; a compiler's work is torch's to test.
     """
 
     model: str
