@@ -7,6 +7,20 @@ from typing import Any
 import torch
 
 
+def small_video_vae(kind: Any, channels: int, frames: int) -> Any:
+    """A VAE of Wan's shape, of so many latent channels, that makes colours of so many frames of noise."""
+    vae = kind(
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[-0.3, 0.2, 0.1, -0.5],
+        latents_std=[1.4, 0.8, 1.1, 0.9],
+    ).eval()
+    spread_colours(vae, torch.randn(1, channels, frames, 16, 16))
+    return vae
+
+
 @torch.no_grad()
 def spread_colours(vae: Any, latents: torch.Tensor) -> None:
     """Scale the last convolution of a video VAE so that pictures are not of one grey."""

@@ -12,7 +12,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tiny_parts import spread_colours
+from tiny_parts import small_video_vae
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -24,7 +24,7 @@ def build(folder: Path) -> None:
     tokenizer = _tokenizer()
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0, shift_terminal=0.02),
-        vae=_vae(),
+        vae=small_video_vae(AutoencoderKLQwenImage, _CHANNELS, 1),
         text_encoder=_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         transformer=QwenImageTransformer2DModel(
@@ -78,19 +78,6 @@ def _text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
-
-
-def _vae() -> AutoencoderKLQwenImage:
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[-0.3, 0.2, 0.1, -0.5],
-        latents_std=[1.4, 0.8, 1.1, 0.9],
-    ).eval()
-    spread_colours(vae, torch.randn(1, _CHANNELS, 1, 16, 16))
-    return vae
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tiny_parts import spread_colours
+from tiny_parts import small_video_vae
 from torch import nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -29,7 +29,7 @@ def build(folder: Path, newer: bool = False) -> None:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        vae=_vae(),
+        vae=small_video_vae(AutoencoderKLWan, _CHANNELS, 2),
         text_encoder=_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         transformer=_transformer(),
@@ -67,19 +67,6 @@ def _transformer() -> WanTransformer3DModel:
         if "norm" in name:  # all alike, a norm cut wrongly over ranks could not be seen
             nn.init.uniform_(weight, 0.5, 1.5)
     return model.eval()
-
-
-def _vae() -> AutoencoderKLWan:
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[-0.3, 0.2, 0.1, -0.5],
-        latents_std=[1.4, 0.8, 1.1, 0.9],
-    ).eval()
-    spread_colours(vae, torch.randn(1, _CHANNELS, 2, 16, 16))
-    return vae
 
 
 if __name__ == "__main__":
