@@ -25,7 +25,7 @@ from vaepp_sdk.testing import LiveBytes
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.wrapper import ParallelVAE
 
-__all__ = ["WIDTHS", "Case", "measure", "new_vae"]
+__all__ = ["WIDTHS", "Case", "full_vae", "measure", "new_vae"]
 
 WIDTHS = {"full": (128, 256, 512, 512), "thin": (32, 64, 128, 128), "tiny": (8, 16, 16, 16)}
 """Channels of each level; `full` is the VAE of Flux and Z-Image."""
@@ -221,3 +221,19 @@ def new_vae(case: Case) -> Any:
             nn.init.uniform_(module.weight, 0.7, 1.3)
             nn.init.uniform_(module.bias, -0.3, 0.3)
     return vae
+
+
+def full_vae() -> Any:
+    """The full-width VAE without weights, whose shapes can be counted."""
+    case = Case(
+        vae="full",
+        sample_size=1024,
+        pixels=0,
+        dtype="bfloat16",
+        ranks=1,
+        strategies=(),
+        repeats=0,
+        device="cpu",
+    )
+    with torch.device("meta"):
+        return new_vae(case)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
-from benchmarks.cases import Case, new_vae
+from benchmarks.cases import full_vae
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.vae.chooser import StrategyChooser
@@ -34,18 +32,7 @@ def main() -> None:
 
 
 def _adapter() -> Any:
-    case = Case(
-        vae="full",
-        sample_size=1024,
-        pixels=0,
-        dtype="bfloat16",
-        ranks=1,
-        strategies=(),
-        repeats=0,
-        device="cpu",
-    )
-    with torch.device("meta"):
-        vae = new_vae(case)
+    vae = full_vae()
     vae.enable_tiling()
     entry = default_registry().vae(type(vae))
     return load_object(entry.adapter, entry.name)(vae)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case, new_vae
+from benchmarks.cases import full_vae
 from benchmarks.report import environment, write
 from benchmarks.row_peer import RowPeer
 from vaepp_sdk.entries import load_object
@@ -71,18 +71,7 @@ def measured(adapter: Any, pixels: int, all_ranks: Sequence[int]) -> list[dict[s
 
 
 def _adapter() -> Any:
-    case = Case(
-        vae="full",
-        sample_size=1024,
-        pixels=0,
-        dtype="bfloat16",
-        ranks=1,
-        strategies=(),
-        repeats=0,
-        device="cpu",
-    )
-    with torch.device("meta"):
-        vae = torch.nn.Module.to(new_vae(case), torch.bfloat16)
+    vae = torch.nn.Module.to(full_vae(), torch.bfloat16)
     entry = default_registry().vae(type(vae))
     return load_object(entry.adapter, entry.name)(vae)
 
