@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_while_peers_wait(kind: str, how: str, stage: str, tmp
     check(error, 1, stage, rf"{how}.*\(\[limits\] {phase}\)", tmp_path)
     assert "4 s" in error.cause if isinstance(error, RankError) else False
     # Loading starts with the process; a request's clock starts with the request: limit + 3 s, and load.
-    assert seconds < (40 if stage == "load" else 12)
+    assert seconds < (100 if stage == "load" else 12)
 
 
 @pytest.mark.parametrize("stage", ["denoise", "decode"])

@@ -7,6 +7,7 @@ of vaepp's own shows its traceback.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def entry_point() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # plugins may have brought torch along: searching all of it for cycles takes a second
     sys.exit(code)
 
 

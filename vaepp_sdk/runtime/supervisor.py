@@ -33,7 +33,7 @@ from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
 __all__ = ["Supervisor"]
 
 _TURN = 0.25
-_EVIDENCE_TIME = 0.5
+_EVIDENCE_TIME, _EVIDENCE_TURN = 0.5, 0.05
 _CLOSE_LIMIT = 10.0
 _REFUSAL_GRACE, _CHECK_GRACE = 5.0, 1.0
 """After the first rank refused a request, or a check failed: how long the others may take to say the same."""
@@ -307,13 +307,17 @@ class Supervisor:
         """Wait a moment for evidence, then decide whose failure it is."""
         assert self._trigger
         limit = time.monotonic() + _EVIDENCE_TIME
-        while (left := limit - time.monotonic()) > 0:
-            self._turn(left)
+        while (left := limit - time.monotonic()) > 0 and not all(map(self._has_spoken, self._ranks)):
+            self._turn(min(left, _EVIDENCE_TURN))
         evidence = [self._evidence(rank) for rank in self._ranks]
         stacks = None
         if needs_stacks(evidence):
             stacks = ask_for_stacks((rank for rank in self._ranks if rank.phase != "idle"), self._folder)
         return judge(evidence, self._trigger, stacks)
+
+    def _has_spoken(self, rank: RankProcess) -> bool:
+        """Whether nothing more can come of a rank: it has ended, or left the record of its error."""
+        return rank.ending() is not None or self._folder.error(rank.rank).exists()
 
     def _evidence(self, rank: RankProcess) -> Evidence:
         record = read_record(self._folder.error(rank.rank))
