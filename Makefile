@@ -5,6 +5,8 @@ VENV ?= .venv
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vaepp
 TINY := $(CACHE)/tiny-z-image
 BIN := $(VENV)/bin
+# Half of the suite waits for messages or runs on one core: two files at a time, one on each core.
+PYTEST_JOBS ?= 2
 PYTEST_ARGS ?=
 FAULTS_ARGS ?=
 
@@ -32,7 +34,7 @@ test: install ## everything CI checks: lint, types, tests on real gloo ranks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install ## ruff and mypy, without the tests
 	@$(BIN)/ruff check .

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -13,12 +14,14 @@ from counted import Counted, counted
 from diffusers import AutoencoderTiny
 from vae_models import tiny_flux2, tiny_kl
 from vae_zoo import build
+from vaepp_plugins import vae_common, vae_kl, vae_tiny
 from vaepp_strategies.layers.buffers import Buffers
 
 from vaepp_sdk import parallelize_vae
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.plan import Output
+from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 
 RELATIVE = {torch.float32: 2e-5, torch.float64: 1e-12}
 """Rounding of a few dozen layers, as a share of the largest output; a wrong row or statistic moves 1e-2."""
@@ -102,6 +105,27 @@ def arguments(case: Case) -> dict[str, Any]:
     return dict(case.arguments)
 
 
+TRACES: dict[Any, LayerTrace] = {}
+"""What `traced_once` has traced in this process, or was given by another one."""
+
+
+@contextmanager
+def traced_once(case: Case) -> Iterator[None]:
+    """Trace the layers of all cases of one VAE once: a trace takes longer than the case itself."""
+    vae = (case.vae, str(case.build), case.dtype, case.prepare, str(case.arguments))
+
+    def once(module: Any, run: Callable[..., Any], shape: Sequence[int]) -> LayerTrace:
+        key = (*vae, run.__name__, tuple(shape))
+        if key not in TRACES:
+            TRACES[key] = trace_layers(module, run, shape)
+        return TRACES[key]
+
+    with ExitStack() as stack:
+        for adapters in (vae_common, vae_kl, vae_tiny):
+            stack.enter_context(patch.object(adapters, "trace_layers", once))
+        yield
+
+
 def whole(result: Any) -> Any:
     """The tensor, or the pieces, that a decode or encode returned."""
     for name in ("sample", "latents", "latent"):
@@ -137,7 +161,7 @@ def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
     told: list[tuple[int, int]] = []
     wrapped._group.progress = lambda done, total: told.append((done, total))
     wrapped._group.traffic.reset()
-    with counted() as seen, patch.object(Buffers, "give", spoil):
+    with counted() as seen, patch.object(Buffers, "give", spoil), traced_once(case):
         result = whole(getattr(wrapped, case.direction)(value, **arguments(case)))
     plan, traffic = wrapped.last_plan, wrapped._group.traffic
     slices = case.batch if case.prepare == "enable_slicing" else 1
@@ -201,14 +225,23 @@ def close_at(found: torch.Tensor, expected: Expected, where: tuple[slice, slice]
     return bool(mine.mean() <= 1.1 * theirs.mean() and mine.max() <= 1.5 * theirs.max())
 
 
-def run_cases(rank: int, cases: list[Case], expected: list[Expected]) -> list[dict[str, Any]]:
-    return [run_case(rank, case, one) for case, one in zip(cases, expected, strict=True)]
+def run_cases(
+    rank: int, cases: list[Case], expected: list[Expected], traces: dict[Any, LayerTrace]
+) -> tuple[list[dict[str, Any]], dict[Any, LayerTrace]]:
+    TRACES.update(traces)
+    reports = [run_case(rank, case, one) for case, one in zip(cases, expected, strict=True)]
+    return reports, TRACES if rank == 0 else {}
 
 
 def check_cases(world_size: int, cases: list[Case]) -> None:
-    """Run all cases in one launch and assert every rank's report."""
-    by_rank = run_ranks(world_size, run_cases, cases, [expect(case) for case in cases], timeout=600)
-    for case, reports in zip(cases, zip(*by_rank, strict=True), strict=True):
+    """Run all cases in one launch and assert every rank's report.
+
+    Each rank traces what no launch before it has traced; equal digests of plans show equal traces.
+    """
+    expected = [expect(case) for case in cases]
+    by_rank = run_ranks(world_size, run_cases, cases, expected, TRACES, timeout=600)
+    TRACES.update(by_rank[0][1])
+    for case, reports in zip(cases, zip(*(found for found, _ in by_rank), strict=True), strict=True):
         assert len({report.pop("digest") for report in reports}) == 1, case
         for rank, report in enumerate(reports):
             assert all(report.values()), (rank, case, report)
