@@ -7,9 +7,11 @@ was made. Tests that need it skip, with the reason, where it is absent.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -80,11 +82,30 @@ def photo(name: str, factor: int = 8) -> torch.Tensor:
     return pixels[None, :, :rows, :columns].contiguous()
 
 
+def moments(encoded: Any) -> torch.Tensor:
+    """What an `encode` returned: the latent, or the posterior's parameters where the VAE has one."""
+    found: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.parameters
+    return found
+
+
+@attrs.frozen(eq=False)
+class Untiled:
+    """A photo's round trip on one rank: its moments, its latent (their mean), and that decoded."""
+
+    moments: torch.Tensor
+    latent: torch.Tensor
+    decoded: torch.Tensor
+
+
+@cache
 @torch.no_grad()
-def latent(vae: Any, name: str) -> torch.Tensor:
-    """A photo's latent, the mean where the VAE has a distribution."""
-    encoded = vae.encode(photo(name))
-    found: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+def untiled(name: str) -> dict[str, Untiled]:
+    """Every photo's round trip through one of `VAES`."""
+    vae, found = load(name), {}
+    for which in PHOTOS:
+        encoded = vae.encode(photo(which))
+        latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        found[which] = Untiled(moments(encoded), latent, vae.decode(latent).sample)
     return found
 
 

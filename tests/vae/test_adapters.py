@@ -208,10 +208,11 @@ def references() -> list[torch.Tensor]:
     return [reference(case) for case in CASES]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bit_identical_to_one_rank(world_size: int) -> None:
-    by_rank = run_ranks(world_size, run_cases, CASES, references(), timeout=600.0)
-    for case, tensor, reports in zip(CASES, references(), zip(*by_rank, strict=True), strict=True):
+@pytest.mark.parametrize(("world_size", "step"), [(2, 1), (3, 2)])
+def test_bit_identical_to_one_rank(world_size: int, step: int) -> None:
+    cases, expected = CASES[::step], references()[::step]
+    by_rank = run_ranks(world_size, run_cases, cases, expected, timeout=600.0)
+    for case, tensor, reports in zip(cases, expected, zip(*by_rank, strict=True), strict=True):
         assert len({report["digest"] for report in reports}) == 1, case
         for rank, report in enumerate(reports):
             assert report["same"], (case, rank, report)

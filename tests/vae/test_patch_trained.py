@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trained import PHOTOS, VAES, differences, latent, load, needs_data, photo
+from trained import VAES, Untiled, differences, load, moments, needs_data, photo, untiled
 
 from vaepp_sdk import parallelize_vae
 from vaepp_sdk.testing import run_ranks
@@ -19,34 +19,26 @@ STEP = 1 / 255
 """One step of an 8-bit picture: a seam below it cannot be seen."""
 
 
-@cache
-def untiled(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Each photo's latent and its decode on one rank."""
-    vae = load(name)
-    latents = {which: latent(vae, which) for which in PHOTOS}
-    with torch.no_grad():
-        return latents, {which: vae.decode(value).sample for which, value in latents.items()}
-
-
 def decode(
-    rank: int, name: str, latents: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], options: Any
+    rank: int, name: str, photos: dict[str, Untiled], options: Any
 ) -> dict[str, tuple[float, float, float]]:
     """Each photo's mean, largest and largest seam difference, as shares of the range; on rank 0."""
     vae = parallelize_vae(load(name), strategy="patch", output="rank0", **options)
     found = {}
-    for which, value in latents.items():
-        sample, plan = vae.decode(value).sample, vae.last_plan
+    for which, alone in photos.items():
+        sample, plan = vae.decode(alone.latent).sample, vae.last_plan
         if rank == 0:
             axis = plan.parts.axis
             cuts = [window.target.top if axis == -2 else window.target.left for window in plan.windows[1:]]
-            found[which] = differences(sample, expected[which], cuts, axis)
+            found[which] = differences(sample, alone.decoded, cuts, axis)
     return found
 
 
-def measured(world_size: int, name: str, photos: tuple[str, ...] = PHOTOS, **options: Any) -> Any:
-    latents, expected = untiled(name)
-    chosen = {which: latents[which] for which in photos}
-    found = run_ranks(world_size, decode, name, chosen, expected, options, timeout=600.0)[0]
+@cache
+def measured(world_size: int, name: str, photo: str | None = None, **options: Any) -> Any:
+    """The figures of one photo, or of all of them."""
+    chosen = {which: one for which, one in untiled(name).items() if photo in (None, which)}
+    found = run_ranks(world_size, decode, name, chosen, options, timeout=600.0)[0]
     for which, (mean, largest, seam) in found.items():
         line = f"mean {mean:.1e}, max {largest:.1e}, seam {seam:.1e} of the range"
         print(f"{name}, {which}, {world_size} ranks, {options}: {line}")
@@ -68,8 +60,8 @@ def test_the_promise_holds_and_no_seam_can_be_seen(name: str, world_size: int) -
 def test_plain_halos_miss_the_promise(name: str) -> None:
     """What sharing is for: without it the same halo is far worse."""
     which = "chelsea"
-    shared = measured(2, name, (which,))[which][0]
-    alone = measured(2, name, (which,), share="none")[which][0]
+    shared = measured(2, name)[which][0]
+    alone = measured(2, name, which, share="none")[which][0]
     assert alone > PROMISE
     assert alone > 10 * shared
 
@@ -82,17 +74,10 @@ def encode(rank: int, name: str, picture: torch.Tensor, expected: torch.Tensor) 
     return float(apart.mean()), float(apart.max())
 
 
-def moments(encoded: Any) -> torch.Tensor:
-    found: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.parameters
-    return found
-
-
 @needs_data
 @pytest.mark.parametrize("name", VAES)
 def test_encode_keeps_the_promise_too(name: str) -> None:
-    picture = photo("coffee")
-    with torch.no_grad():
-        expected = moments(load(name).encode(picture))
+    picture, expected = photo("coffee"), untiled(name)["coffee"].moments
     for mean, largest in run_ranks(2, encode, name, picture, expected, timeout=600.0):
         print(f"{name}, encode, 2 ranks: mean {mean:.1e}, max {largest:.1e} of the range")
         assert mean < PROMISE / 50

@@ -68,7 +68,8 @@ def run_job(rank: int, job: Job, expected: Expected) -> dict[str, Any]:
     vae, value = prepared(job.case)
     wrapped = parallelize_vae(vae, strategy="shard", output=job.case.output, **job.options)
     call = getattr(wrapped, job.case.direction)
-    call(value)  # traces the layers, with tensors that have no memory
+    small = 1 if job.case.direction == "decode" else 8
+    call(value[..., :small, :small])  # traces the layers, with tensors that have no memory
     told: list[tuple[int, int]] = []
     wrapped._group.progress = lambda done, total: told.append((done, total))
     before = value.clone()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from counted import counted
-from shard_cases import Case, Expected, close_at, expect, prepared, whole
+from shard_cases import Case, Expected, close_at, expect, prepared, traced_once, whole
 from torch import nn
 from vae_zoo import build
 
@@ -38,7 +38,7 @@ CASES = [
 def run_case(rank: int, case: Case) -> dict[str, Any]:
     vae, value = prepared(case)
     wrapped = parallelize_vae(vae, strategy="shard", deterministic="ranks", output=case.output)
-    with counted() as seen, warnings.catch_warnings():
+    with counted() as seen, warnings.catch_warnings(), traced_once(case):
         warnings.simplefilter("error")
         result = whole(getattr(wrapped, case.direction)(value))
     plan, slices = wrapped.last_plan, case.batch if case.prepare == "enable_slicing" else 1
