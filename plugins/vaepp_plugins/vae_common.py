@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
@@ -39,15 +40,18 @@ class Adapter(VaeAdapter):
         adapter.tiled = True
         return adapter
 
-    def picture_layers(self, direction: Direction, channels: int, ratio: int) -> LayerTrace:
-        """The layers that one decode or encode of a picture calls, traced once.
+    def picture_layers(self, channels: Pair, ratio: int) -> Callable[[Direction], LayerTrace]:
+        """What gives the layers that one decode or encode of a picture calls, traced once.
 
         Args:
-            direction: decode or encode.
-            channels: channels of the input.
+            channels: channels of a latent and of a picture.
             ratio: pixels per latent along each side.
         """
-        return self._traced(direction, 0, (1, channels), ratio)
+
+        def trace(direction: Direction) -> LayerTrace:
+            return self._traced(direction, 0, (1, channels[direction == "encode"]), ratio)
+
+        return trace
 
     def clip_layers(self, channels: Pair, ratio: int, enough: Pair, chunk: Pair = (0, 0)) -> ClipLayers:
         """The layers that a decode and an encode of clips call.

@@ -34,8 +34,7 @@ class DCAdapter(Adapter):
             encode_tiles=attrs.evolve(strided_grid(self.vae, "encode"), pads=True),
             peak_values_per_pixel=3.0 * config.decoder_block_out_channels[0],
             encode_unit=ratio,
-            decode_layers=self.picture_layers("decode", config.latent_channels, ratio),
-            encode_layers=self.picture_layers("encode", config.in_channels, ratio),
+            picture_layers=self.picture_layers((config.latent_channels, config.in_channels), ratio),
         )
 
     def encode_window(self, picture: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,7 @@ class HunyuanImageAdapter(Adapter):
             encode_tiles=attrs.evolve(encode, broken=_BROKEN),
             peak_values_per_pixel=3.0 * config.block_out_channels[0],
             encode_unit=ratio,
-            decode_layers=self.picture_layers("decode", config.latent_channels, ratio),
-            encode_layers=self.picture_layers("encode", config.in_channels, ratio),
+            picture_layers=self.picture_layers((config.latent_channels, config.in_channels), ratio),
         )
 
 

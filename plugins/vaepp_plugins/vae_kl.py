@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.facts import TileGrid, VaeFacts
+from vaepp_sdk.vae.facts import Direction, TileGrid, VaeFacts
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 
@@ -40,12 +40,14 @@ class KLAdapter(VaeAdapter):
             encode_tiles=self._grid(self._sample_tile, self._latent_tile),
             # Block input, norm output and activation output of the widest full-resolution layer.
             peak_values_per_pixel=3.0 * max(decoder_widths[0], decoder_widths[min(1, len(widths) - 1)]),
-            decode_layers=self._decode_layers,
-            encode_layers=self._encode_layers,
+            picture_layers=self._layers,
             # benchmarks/patch_halo.py, trained weights: the most a pixel at a seam is off, as a share of the
             # range, is 4.5e-2 with 4 rows, 2e-3 with 6 and 4e-5 with 8; one step of 8-bit pictures is 4e-3.
             context=8,
         )
+
+    def _layers(self, direction: Direction) -> LayerTrace:
+        return self._decode_layers if direction == "decode" else self._encode_layers
 
     @cached_property
     def _decode_layers(self) -> LayerTrace:

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.facts import Direction, VaeFacts
 from vaepp_sdk.vae.landing import ShardedSample
 from vaepp_sdk.vae.trace import LayerTrace, trace_layers
 
@@ -39,8 +39,7 @@ class TinyAdapter(VaeAdapter):
             use_tiling=self.vae.use_tiling,
             # Block input, convolution output and activation output of the last full-resolution block.
             peak_values_per_pixel=3.0 * config.decoder_block_out_channels[-1],
-            decode_layers=self._decode_layers,
-            encode_layers=self._encode_layers,
+            picture_layers=self._layers,
             # benchmarks/patch_halo.py, TAEF2: the most a pixel at a seam is off, as a share of the range, is
             # 2e-2 with 8 rows and 2.5e-3 with 12; one step of 8-bit pictures is 4e-3.
             context=12,
@@ -51,6 +50,9 @@ class TinyAdapter(VaeAdapter):
     @property
     def _ratio(self) -> int:
         return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
+
+    def _layers(self, direction: Direction) -> LayerTrace:
+        return self._decode_layers if direction == "decode" else self._encode_layers
 
     @cached_property
     def _decode_layers(self) -> LayerTrace:

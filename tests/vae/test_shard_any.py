@@ -139,8 +139,7 @@ class StackAdapter(VaeAdapter):
             picture_channels=WIDTH,
             moment_channels=WIDTH,
             use_tiling=False,
-            decode_layers=trace,
-            encode_layers=trace,
+            picture_layers=lambda _: trace,
         )
 
     def facts(self) -> VaeFacts:

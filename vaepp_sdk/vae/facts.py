@@ -109,8 +109,8 @@ class VaeFacts:
             runs, from the shapes of the widest full-resolution block: an estimate for plans.
         temporal_ratio: pictures per latent frame for a video VAE whose first frame stands alone; 0 for a
             VAE without a frame axis.
-        decode_layers: the layers that one decode calls, or None where the adapter does not say.
-        encode_layers: those of one encode, likewise.
+        picture_layers: gives the layers that one decode or encode calls, traced when first asked for; None
+            where the adapter does not say.
         clip_layers: the layers of a VAE with a frame axis, or None where the adapter does not say.
         context: latent rows of context at which the seam of two windows, decoded with the whole picture's
             statistics, cannot be seen, as measured on trained weights of the class.
@@ -132,8 +132,7 @@ class VaeFacts:
     encode_tiles: TileGrid | None = None
     peak_values_per_pixel: float = 0.0
     temporal_ratio: int = 0
-    decode_layers: LayerTrace | None = None
-    encode_layers: LayerTrace | None = None
+    picture_layers: Callable[[Direction], LayerTrace] | None = attrs.field(default=None, eq=False, repr=False)
     clip_layers: ClipLayers | None = None
     context: int = 12
     encode_rounds_up: bool = False
@@ -156,7 +155,7 @@ class VaeFacts:
         if self.clip_layers is not None:
             enough, _ = self.clip_layers.frames(direction)
             return self.clip_layers.trace(direction, frames or enough)
-        return self.decode_layers if direction == "decode" else self.encode_layers
+        return None if self.picture_layers is None else self.picture_layers(direction)
 
     def tiling_fires(self, direction: Direction, shape: Sequence[int]) -> bool:
         """Whether the VAE itself would cut an input of this shape, in space or in time."""
