@@ -88,6 +88,18 @@ def moments(encoded: Any) -> torch.Tensor:
     return found
 
 
+def mean(encoded: Any) -> torch.Tensor:
+    """What an `encode` returned as one latent: the mean where the VAE has a distribution."""
+    found: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return found
+
+
+@torch.no_grad()
+def latent(vae: Any, name: str) -> torch.Tensor:
+    """A photo's latent."""
+    return mean(vae.encode(photo(name)))
+
+
 @attrs.frozen(eq=False)
 class Untiled:
     """A photo's round trip on one rank: its moments, its latent (their mean), and that decoded."""
@@ -104,8 +116,7 @@ def untiled(name: str) -> dict[str, Untiled]:
     vae, found = load(name), {}
     for which in PHOTOS:
         encoded = vae.encode(photo(which))
-        latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        found[which] = Untiled(moments(encoded), latent, vae.decode(latent).sample)
+        found[which] = Untiled(moments(encoded), mean(encoded), vae.decode(mean(encoded)).sample)
     return found
 
 
