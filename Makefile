@@ -5,8 +5,8 @@ VENV ?= .venv
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vaepp
 TINY := $(CACHE)/tiny-z-image
 BIN := $(VENV)/bin
-# Half of the suite waits for messages or runs on one core: two files at a time, one on each core.
-PYTEST_JOBS ?= 2
+# 2 runs two test files at a time, one on each core; 0 runs one after the other.
+PYTEST_JOBS ?= 0
 PYTEST_ARGS ?=
 FAULTS_ARGS ?=
 
