@@ -51,7 +51,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "kl": tiny_kl,
     "flux2": tiny_flux2,
     "tiny": tiny_autoencoder,
-    "dc": lambda dtype: build("AutoencoderDC", dtype),
+    "dc": lambda dtype, **config: build("AutoencoderDC", dtype, **config),
     "hunyuan image": lambda dtype: build("AutoencoderKLHunyuanImage", dtype),
     "wan": lambda dtype: clip_vae("AutoencoderKLWan", dtype, width=8),
     "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype, width=8),

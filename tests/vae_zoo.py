@@ -32,7 +32,7 @@ def _zoo(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_zoo
-def AutoencoderDC() -> Any:
+def AutoencoderDC(**config: Any) -> Any:
     vae = diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=4,
@@ -44,6 +44,7 @@ def AutoencoderDC() -> Any:
         decoder_layers_per_block=(1, 1, 1),
         encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,)),
+        **config,
     )
     vae.enable_tiling(32, 32, 24, 24)
     return vae

@@ -100,6 +100,8 @@ class Saver:
             details["stepped_down"] = list(steps_down)
         if picture.box is not None:
             name += f"-y{picture.box.top}-x{picture.box.left}"
+            if picture.box.frames is not None:
+                name += f"-f{picture.box.frames[0]}"
             details["position"] = attrs.asdict(picture.box)
         origin = Origin(prompt, seed, details, software())
         if isinstance(picture.image, Image):

@@ -13,6 +13,7 @@ from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.patch import Share
+from vaepp_strategies.traced_memory import untiled_bytes
 
 __all__ = ["PatchPlan", "SharedCall", "cut", "plan_patches", "shared_calls"]
 
@@ -204,9 +205,8 @@ def _peaks(plan: PatchPlan, facts: VaeFacts) -> tuple[int, ...]:
 def _peak(plan: PatchPlan, facts: VaeFacts, rank: int) -> int:
     """A rank's live bytes inside its window, or while the pieces land if that is more."""
     work, window = plan.work, plan.windows[rank]
-    pixels = window.source.area * (facts.spatial_ratio**2 if work.direction == "decode" else 1)
-    values = int(work.shape[0] * pixels * facts.peak_values_per_pixel)
+    running = untiled_bytes(facts, attrs.evolve(work, shape=window.source.shape_in(work.shape)))
     landed = work.output == "all" or (work.output == "rank0" and rank == 0)
     whole = work.landed_bytes(plan.out_shape) if landed else 0
     # The whole output, and what has arrived and is not yet written into it.
-    return max(values * work.itemsize, 2 * whole)
+    return max(running, 2 * whole)

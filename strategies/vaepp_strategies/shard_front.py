@@ -22,7 +22,7 @@ from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.shard_stages import Stage, layer_sequence
 from vaepp_strategies.shard_steps import ShardSteps, call_window
 
-__all__ = ["Front", "Repeat", "Rows", "plan_front", "window_around", "with_front"]
+__all__ = ["Front", "Repeat", "Rows", "layer_work", "plan_front", "window_around", "with_front"]
 
 Repeat = Literal["auto", "never", "always"]
 
@@ -168,8 +168,8 @@ def _doubled(trace: LayerTrace, given: Mapping[str, Reach]) -> str:
 
 def _limited(front: Front, trace: LayerTrace, work: Work) -> Front | None:
     """The largest windows that a small share of a rank's work allows; None where they save too little."""
-    share = _work(trace, work, front.layers) / _work(trace, work)
-    saved = _SAVED * _work(trace, work, (f"{front.doubled}.conv",)) / _work(trace, work)
+    share = layer_work(trace, work, front.layers) / layer_work(trace, work)
+    saved = _SAVED * layer_work(trace, work, (f"{front.doubled}.conv",)) / layer_work(trace, work)
     extra = int((_EXTRA_WORK + saved) * front.rows / (share * len(front.bands)))
     windows = tuple(window_around(band, extra, front) for band in front.bands)
     found = attrs.evolve(front, windows=windows)
@@ -202,7 +202,7 @@ def window_around(band: Rows, extra: int, front: Front) -> Rows:
     return start - beside, end + beside
 
 
-def _work(trace: LayerTrace, work: Work, names: tuple[str, ...] | None = None) -> float:
+def layer_work(trace: LayerTrace, work: Work, names: tuple[str, ...] | None = None) -> float:
     """Operations for each position of the latent: of convolutions, projections and attention."""
     area = math.prod(trace.in_shape[-2:])
     total = 0.0

@@ -20,11 +20,13 @@ from vaepp_sdk.vae.plan import Move, Work, WorkPlan, split_evenly
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.lockstep import BandGroup, Lockstep
 from vaepp_strategies.layers.swap import swapped
-from vaepp_strategies.shard_clip_memory import ClipMemory
+from vaepp_strategies.shard_front import layer_work
 from vaepp_strategies.shard_layers import band_forwards
 from vaepp_strategies.shard_plan import ShardPlan, landing_bytes, plan_shards
 from vaepp_strategies.shard_run import ShardStrategy, input_halo, window_call
+from vaepp_strategies.shard_steps import call_scale
 from vaepp_strategies.shard_times import in_windows
+from vaepp_strategies.traced_memory import TracedMemory
 
 __all__ = ["GRID", "GridPlan", "GridStrategy", "plan_grid", "run_grid"]
 
@@ -41,25 +43,31 @@ class GridPlan(WorkPlan):
     Attributes:
         grid: the plain plan of as many ranks as the grid has bands.
         owners: the rank of each band.
+        extra_work: operations that computing rows again adds, as a share of all.
     """
 
     grid: ShardPlan
     owners: tuple[int, ...]
+    extra_work: float = 0.0
 
 
-def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID) -> GridPlan:
+def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID, chained: bool = False) -> GridPlan:
     """Plan for the grid, and deal its bands; only the dealing depends on the number of ranks.
 
     Args:
         facts: the VAE.
         work: what is asked.
         bands: how many bands the grid has, where the latent allows as many.
+        chained: see `plan_shards`.
 
     Raises:
         UnsupportedError: as the plain mode.
     """
-    grid = plan_shards(facts, attrs.evolve(work, ranks=bands, output="sharded"))
-    shares = split_evenly(len(grid.windows), work.ranks)
+    grid = plan_shards(facts, attrs.evolve(work, ranks=bands, output="sharded"), chained=chained)
+    count = len(grid.windows)
+    # As if no more had been asked for than there are: plans that do the same are equal.
+    grid = attrs.evolve(grid, work=attrs.evolve(grid.work, ranks=count), peak_bytes=grid.peak_bytes[:count])
+    shares = split_evenly(count, work.ranks)
     owners = tuple(rank for rank, (_, size) in enumerate(shares) for _ in range(size))
     windows = tuple(attrs.evolve(window, owner=owners[window.index]) for window in grid.windows)
     pieces = {window.index: grid.piece_bytes(window) for window in windows}
@@ -77,18 +85,29 @@ def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID) -> GridPlan:
         peak_bytes=tuple(_peak(facts, work, grid, owners, rank) for rank in range(work.ranks)),
         grid=grid,
         owners=owners,
+        extra_work=_extra_work(facts, work, grid) if chained else 0.0,
     )
+
+
+def _extra_work(facts: VaeFacts, work: Work, grid: ShardPlan) -> float:
+    """What convolutions do for rows beyond their bands, as a share of all work."""
+    trace = facts.layers(work.direction)
+    assert trace is not None, "a plan was made from the layers"
+    given = dict(grid.given)
+    extra = 0.0
+    for index, call in enumerate(trace.calls):
+        if call.kind == "Conv2d" and call.name in given:
+            rows = grid.parts.rows(work.shape[grid.parts.axis], call_scale(trace, index))
+            beyond = (len(grid.windows) - 1) * (given[call.name].above + given[call.name].below)
+            extra += layer_work(trace, work, (call.name,)) * beyond / rows
+    return extra / layer_work(trace, work)
 
 
 def _peak(facts: VaeFacts, work: Work, grid: ShardPlan, owners: tuple[int, ...], rank: int) -> int:
     """A rank's live bytes while its bands run in turn, or while pieces land if that is more."""
     bands = [band for band, owner in enumerate(owners) if owner == rank]
-    if facts.clip_layers is None or not bands:
-        running = sum(grid.peak_bytes[band] for band in bands)
-    else:
-        memory = ClipMemory(facts=facts, work=grid.work, parts=grid.parts, times=grid.times, steps=grid.steps)
-        running = memory.peak(*bands)
-    return max(running, landing_bytes(facts, work, rank))
+    memory = TracedMemory(facts=facts, work=grid.work, parts=grid.parts, times=grid.times, steps=grid.steps)
+    return max(memory.peak(*bands) if bands else 0, landing_bytes(facts, work, rank))
 
 
 class GridStrategy(ShardStrategy):

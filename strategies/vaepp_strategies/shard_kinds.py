@@ -18,6 +18,7 @@ __all__ = [
     "PADS",
     "POSITION_ATTENTION",
     "UPSAMPLES",
+    "UPSAMPLES_BY_CHOICE",
 ]
 
 HANDING_BACK = ("CogVideoXCausalConv3d",)
@@ -53,6 +54,9 @@ INTERPOLATING = (*CLIP_INTERPOLATING, "Upsample2D")
 UPSAMPLES = ("QwenImageUpsample", "Upsample", "WanUpsample", *INTERPOLATING)
 """Nearest interpolation."""
 
+UPSAMPLES_BY_CHOICE = ("DCUpBlock2d",)
+"""Nearest interpolation in front of a convolution of their own, where their `interpolate` is set."""
+
 PADS = ("ZeroPad2d",)
 """Padding in front of a convolution that has none of its own."""
 
@@ -62,8 +66,8 @@ PADDING_DOWNSAMPLES = ("CogVideoXDownsample3D",)
 FRAME_NORMS = ("MochiChunkedGroupNorm3D",)
 """Group normalisation of each frame on its own."""
 
-GIVERS = ("GroupNorm", *UPSAMPLES, *PADS)
-"""Layers that can fetch the rows which a later layer needs."""
+GIVERS = ("GroupNorm", *PADS)
+"""Layers, beside those that interpolate, that can fetch the rows which a later layer needs."""
 
 POSITION_ATTENTION = ("HunyuanVideo15AttnBlock", "QwenImageAttentionBlock", "WanAttentionBlock")
 """Single-head attention after a normalisation that works position by position."""

@@ -33,6 +33,7 @@ from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 from vaepp_strategies.layers.resample import (
+    band_doubling_block,
     band_downsample,
     band_padded_convolution,
     band_upsample,
@@ -110,8 +111,8 @@ SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     Attention: _attention,
     HunyuanImageAttentionBlock: _good,
     SanaMultiscaleLinearAttention: _linear_attention,
-    # Not replaced: they move channels, or pixels of one latent, and call layers that are.
     dc.DCUpBlock2d: _upsamples_nearest,
+    # Not replaced: they move channels, or pixels of one latent, and call layers that are.
     **dict.fromkeys((dc.Encoder, dc.Decoder, dc.ResBlock, dc.DCDownBlock2d, GLUMBConv, RMSNorm), _good),
     **dict.fromkeys((hunyuan.HunyuanImageEncoder2D, hunyuan.HunyuanImageDecoder2D), _good),
     **dict.fromkeys((hunyuan.HunyuanImageDownsample, hunyuan.HunyuanImageUpsample), _good),
@@ -187,6 +188,8 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> For
         return band_upsample_block(layer, bands, reach, name)
     if isinstance(layer, Downsample2D):
         return band_downsample(layer, bands, name)
+    if isinstance(layer, dc.DCUpBlock2d) and layer.interpolate:
+        return band_doubling_block(layer, bands, reach, name)
     if isinstance(layer, SanaMultiscaleLinearAttention):
         return band_linear_attention(layer, bands)
     if isinstance(layer, HunyuanImageAttentionBlock):

@@ -116,7 +116,7 @@ def plan_blocks(
     Raises:
         UnsupportedError: no number of blocks keeps the limit; names the smallest limit that can be kept.
     """
-    most = max(_rows(sequence, memory) for memory in memories)
+    most = max(_rows(stage, memory) for memory in memories for stage in sequence.stages)
     candidates = _candidates(sequence, memories, wanted, most)
     if wanted.count:
         return _cut(sequence, candidates[0], memories, wanted.count, landing)
@@ -161,17 +161,18 @@ def _cut(
     count: int,
     landing: Callable[[int], int],
 ) -> BlockPlan:
-    blocks = stage_blocks(sequence.stages, count)
+    # As if no more had been asked for than there are rows: plans that do the same are equal.
+    most = (max(_rows(stage, memory) for memory in memories) for stage in sequence.stages)
+    blocks = tuple(map(min, stage_blocks(sequence.stages, count), most))
     peaks = tuple(max(memory.peak(sequence.stages, blocks), landing(memory.rank)) for memory in memories)
     parts, work = memories[0].parts, memories[0].work
     extra = sequence_work(sequence, parts, work) / sequence_work(plain, parts, work) - 1
-    return BlockPlan(sequence=sequence, count=count, blocks=blocks, peaks=peaks, extra_work=extra)
+    return BlockPlan(sequence=sequence, count=max(blocks), blocks=blocks, peaks=peaks, extra_work=extra)
 
 
-def _rows(sequence: Sequence, memory: BandMemory) -> int:
-    """The most rows of any layer's output: more blocks than that change nothing."""
-    scales = {stage.out_scale for stage in sequence.stages}
-    return max(memory.parts.core_length(memory.rank, scale) for scale in scales)
+def _rows(stage: Stage, memory: BandMemory) -> int:
+    """The rows of a layer's input or output, whichever are more: more blocks than that change nothing."""
+    return max(memory.parts.core_length(memory.rank, scale) for scale in (stage.scale, stage.out_scale))
 
 
 def block_counts(most: int) -> Iterator[int]:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.strategy import Strategy
-from vaepp_strategies.shard_clip_blocks import BlockStrategy
 from vaepp_strategies.shard_grid import GridStrategy
 from vaepp_strategies.shard_reference import ReferenceStrategy
 from vaepp_strategies.shard_run import ShardStrategy
+from vaepp_strategies.shard_turns import BlockStrategy
 
 __all__ = ["Deterministic", "shard_strategy"]
 

@@ -13,13 +13,13 @@ from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
-from vaepp_strategies.shard_clip_memory import ClipMemory
 from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
 from vaepp_strategies.shard_stages import layer_sequence
 from vaepp_strategies.shard_steps import ShardStep, ShardSteps, shard_steps
 from vaepp_strategies.tile_geometry import Span, lay_frames
+from vaepp_strategies.traced_memory import TracedMemory
 
 __all__ = ["ShardPlan", "landing_bytes", "plan_shards"]
 
@@ -55,7 +55,11 @@ class ShardPlan(WorkPlan):
 
 
 def plan_shards(
-    facts: VaeFacts, work: Work, row_blocks: RowBlocks | None = None, repeat: Repeat = "never"
+    facts: VaeFacts,
+    work: Work,
+    row_blocks: RowBlocks | None = None,
+    repeat: Repeat = "never",
+    chained: bool = False,
 ) -> ShardPlan:
     """Cut the longer side of the latent into bands, and list every message.
 
@@ -66,6 +70,8 @@ def plan_shards(
         work: what is asked.
         row_blocks: what is asked of row blocks; None runs layers in one piece.
         repeat: how much of what leads to the attention each rank computes for its peers; see `plan_front`.
+        chained: whether convolutions of a picture compute rows again instead of exchanging them; see
+            `shard_steps`.
 
     Raises:
         UnsupportedError: the input has the wrong axes or no pixel, or the adapter does not say which layers
@@ -87,7 +93,7 @@ def plan_shards(
     times = lay_frames(facts, work)
     if times:
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
-    exchanges = _exchanges(facts, work, times)
+    exchanges = _exchanges(facts, work, times, chained)
     parts = _cut(facts, work, exchanges.shortest_band)
     front = plan_front(_trace(facts, work.direction), parts, work, repeat, dict(exchanges.given))
     if front is not None:
@@ -111,10 +117,10 @@ def plan_shards(
     return attrs.evolve(plan, moves=_moves(plan))
 
 
-def _exchanges(facts: VaeFacts, work: Work, times: tuple[Span, ...]) -> ShardSteps:
+def _exchanges(facts: VaeFacts, work: Work, times: tuple[Span, ...], chained: bool) -> ShardSteps:
     """What the layers exchange; in each window of frames anew."""
     if facts.clip_layers is None:
-        return shard_steps(_trace(facts, work.direction))
+        return shard_steps(_trace(facts, work.direction), chained)
     windows = [
         _clip_exchanges(facts, work.direction, frames)
         for frames in [span.length for span in times] or [work.shape[2]]
@@ -231,22 +237,9 @@ def _peaks(
     idle = tuple(landing_bytes(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
     if blocks is not None:
         return blocks.peaks + idle
-    clip = ClipMemory(facts=facts, work=work, parts=parts, times=times, steps=exchanges.steps)
-    across = work.shape[-1 if parts.axis == -2 else -2]
-    scale = facts.spatial_ratio**2 if work.direction == "decode" else 1
-
-    def peak(rank: int, part: Part) -> int:
-        if facts.clip_layers is not None:
-            return clip.peak(rank)
-        values = work.shape[0] * part.length * across * scale * facts.peak_values_per_pixel
-        return int(values) * work.itemsize
-
-    return (
-        tuple(
-            max(peak(rank, part), landing_bytes(facts, work, rank)) for rank, part in enumerate(parts.parts)
-        )
-        + idle
-    )
+    memory = TracedMemory(facts=facts, work=work, parts=parts, times=times, steps=exchanges.steps)
+    ranks = range(len(parts.parts))
+    return tuple(max(memory.peak(rank), landing_bytes(facts, work, rank)) for rank in ranks) + idle
 
 
 def landing_bytes(facts: VaeFacts, work: Work, rank: int) -> int:

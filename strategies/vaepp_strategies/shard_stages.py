@@ -13,7 +13,7 @@ from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Window
 from vaepp_strategies.shard_steps import call_window
 
-__all__ = ["Recompute", "Sequence", "Stage", "layer_sequence"]
+__all__ = ["Recompute", "Sequence", "Stage", "is_straight", "layer_sequence"]
 
 StageKind = Literal["convolution", "activated convolution", "residual", "upsample", "downsample", "attention"]
 
@@ -113,6 +113,15 @@ def layer_sequence(trace: LayerTrace) -> Sequence:
             last = index
         stages.append(_stage(trace, run))
     return Sequence(name=trace.calls[outer[0]].name, stages=tuple(stages))
+
+
+def is_straight(trace: LayerTrace) -> bool:
+    """Whether the layers are such a sequence, and all of them can be run block by block."""
+    try:
+        layer_sequence(trace)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _children(trace: LayerTrace, index: int) -> list[int]:

@@ -24,6 +24,7 @@ from vaepp_strategies.shard_kinds import (
     PADS,
     POSITION_ATTENTION,
     UPSAMPLES,
+    UPSAMPLES_BY_CHOICE,
 )
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "visible_calls",
     "window_of",
 ]
+
+_INTERPOLATING = (*INTERPOLATING, *UPSAMPLES_BY_CHOICE)
 
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "positions", "sums"]
 
@@ -90,16 +93,22 @@ class ShardSteps:
         return max([1, *(-(-rows * scale.down // scale.up) for rows, scale in needs)])
 
 
-def shard_steps(trace: LayerTrace) -> ShardSteps:
+def shard_steps(trace: LayerTrace, chained: bool = False) -> ShardSteps:
     """List the exchanges of a traced decode or encode whose layers are all known.
 
     Where a convolution reads what a normalisation gave, directly or through layers that work position by
     position, its rows ride with the statistics; where it reads the input itself, nothing moves.
 
+    Args:
+        trace: the layers.
+        chained: whether a convolution of a picture that reads what another one gave, directly or through
+            such layers, gets its rows from that one, which computes them again from more rows of its input;
+            else both exchange.
+
     Raises:
         UnsupportedError: a layer is called twice and needs different rows each time.
     """
-    own, given = _requests(trace)
+    own, given = _requests(trace, chained)
     _refuse_varying(trace, own, given)
     found = []
     for index, call in visible_calls(trace):
@@ -154,7 +163,7 @@ def _enclosing(trace: LayerTrace, index: int) -> Iterator[int]:
         index = trace.calls[index].inside
 
 
-def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
+def _requests(trace: LayerTrace, chained: bool) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
     """Rows that calls fetch from neighbours, and rows that calls (or the input) have for later ones."""
     own: dict[int, Reach] = {}
     given: dict[int, Reach] = {}
@@ -163,7 +172,7 @@ def _requests(trace: LayerTrace) -> tuple[Mapping[int, Reach], Mapping[int, Reac
         reach = _needed(trace, index, given.get(index, NO_ROWS))
         if not reach:
             continue
-        giver = _giver(trace, index, reach)
+        giver = _giver(trace, index, reach, chained)
         if giver is None:
             fetcher = _fetcher(trace, index)
             own[fetcher] = own.get(fetcher, NO_ROWS).joined(reach)
@@ -183,7 +192,7 @@ def _needed(trace: LayerTrace, index: int, given: Reach) -> Reach:
         raise UnsupportedError(f"strategy 'shard' cannot serve {call.name}: no convolution reads it")
     if call.kind == "Downsample2D":
         return DOWNSAMPLE_WINDOW.reach
-    if call.kind in UPSAMPLES:
+    if _upsamples(call):
         return rows_before(given, call.out_shape[-2] // call.in_shape[-2])
     return given
 
@@ -198,12 +207,14 @@ def _refuse_uneven(call: LayerCall, window: Window) -> None:
         )
 
 
-def _giver(trace: LayerTrace, index: int, reach: Reach) -> int | None:
+def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool) -> int | None:
     """The call that has rows for this one, `INPUT`, or None where this one must fetch them itself."""
     source = call_source(trace, index)
     while source >= 0:
         call = trace.calls[source]
-        if call.kind in GIVERS or _gives_for_nothing(trace, source, reach):
+        if call.kind in GIVERS or _upsamples(call) or _gives_for_nothing(trace, source, reach):
+            return source
+        if chained and _widens(trace, source):
             return source
         if not passes_through(trace, source):
             return None
@@ -228,8 +239,22 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
 def call_source(trace: LayerTrace, index: int) -> int:
     """Where a call's input comes from; some layers interpolate before they call their convolution."""
     call = trace.calls[index]
-    upsamples = call.inside >= 0 and trace.calls[call.inside].kind in INTERPOLATING
+    around = trace.calls[call.inside] if call.inside >= 0 else None
+    upsamples = around is not None and _upsamples(around) and around.kind in _INTERPOLATING
     return call.inside if upsamples and call.source == UNKNOWN else call.source
+
+
+def _upsamples(call: LayerCall) -> bool:
+    """Whether a call interpolates, perhaps before a convolution of its own."""
+    return call.kind in UPSAMPLES or (call.kind in UPSAMPLES_BY_CHOICE and bool(call.setting("interpolate")))
+
+
+def _widens(trace: LayerTrace, index: int) -> bool:
+    """Whether a call is a convolution of a picture that can compute more rows than its band's."""
+    if trace.calls[index].kind != "Conv2d":
+        return False
+    window = window_of(trace, index)
+    return window.stride == 1 and not window.pointwise
 
 
 def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
@@ -238,18 +263,17 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     It can where it reads the input, which every rank holds, and where it reads an upsampled picture whose
     halo, fetched before upsampling, reaches far enough.
     """
-    call = trace.calls[index]
-    if call.kind != "Conv2d" or window_of(trace, index).stride != 1 or window_of(trace, index).pointwise:
+    if not _widens(trace, index):
         return False
     source = call_source(trace, index)
-    while source >= 0 and trace.calls[source].kind not in GIVERS:
+    while source >= 0 and trace.calls[source].kind not in GIVERS and not _upsamples(trace.calls[source]):
         if not passes_through(trace, source):
             return False
         source = trace.calls[source].source
     if source < 0:
         return source == INPUT
     giver = trace.calls[source]
-    if giver.kind not in UPSAMPLES:
+    if not _upsamples(giver):
         return False
     factor, own = giver.out_shape[-2] // giver.in_shape[-2], window_of(trace, index).reach
     return rows_before(own + reach, factor) == rows_before(own, factor)

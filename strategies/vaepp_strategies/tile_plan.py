@@ -13,8 +13,12 @@ from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan
 from vaepp_strategies.tile_deal import deal
 from vaepp_strategies.tile_geometry import Span, lay_frames, lay_tiles
+from vaepp_strategies.traced_memory import untiled_bytes
 
 __all__ = ["Seam", "TilePlan", "plan_tiles"]
+
+_FLOAT32 = 4
+"""Its bytes."""
 
 
 @attrs.frozen
@@ -191,31 +195,42 @@ def _peaks(plan: TilePlan, facts: VaeFacts) -> tuple[int, ...]:
 
 
 def _peak(plan: TilePlan, facts: VaeFacts, rank: int) -> int:
-    """A rank's live bytes while it runs its last tile, or while the pieces land if that is more."""
-    owned = plan.owned(rank)
-    tiles = sum(_nbytes(plan, plan.tile_shape(window.index)) for window in owned)
-    pixels = max((_pixels(plan, window) for window in owned), default=0)
-    values = int(plan.work.shape[0] * pixels * facts.peak_values_per_pixel * _frames_at_once(plan, facts))
-    landed = plan.work.output == "all" or (plan.work.output == "rank0" and rank == 0)
-    whole = plan.work.landed_bytes(plan.out_shape) if landed else 0
-    pieces = sum(_nbytes(plan, plan.piece_shape(window)) for window in owned)
-    return max(tiles + values * plan.work.itemsize, pieces + whole)
+    """A rank's live bytes while it runs its tiles, blends them, or lands the pieces, whichever is most."""
+    done, running = 0, 0
+    for window in plan.owned(rank):
+        running = max(running, done + _running(plan, facts, window.source))
+        done += _nbytes(plan, plan.tile_shape(window.index))
+    own = sum(_nbytes(plan, plan.piece_shape(window)) for window in plan.owned(rank))
+    return max(running, done + _blending(plan, rank), own + _landing(plan, rank))
 
 
-def _pixels(plan: TilePlan, window: Window) -> int:
-    """The picture's side of one tile: what it reads to encode, what it yields to decode."""
-    if plan.work.direction == "encode":
-        return window.source.area
-    return math.prod(plan.tile_shape(window.index)[-2:])
+def _blending(plan: TilePlan, rank: int) -> int:
+    """What stands beside all tiles of a rank while they are blended and cropped."""
+    seams = [seam for window in plan.owned(rank) for seam in plan.seams_into(window.index)]
+    seams += [seam for time in range(1, len(plan.times)) for seam in plan.time_seams(time)]
+    widest = max((_nbytes(plan, plan.strip_shape(seam)) for seam in seams), default=0)
+    cropped = max((_nbytes(plan, plan.piece_shape(window)) for window in plan.owned(rank)), default=0)
+    travelling = 0
+    for crossing in plan.crossings:
+        ends = [(plan.windows[seam.first].owner, plan.windows[seam.second].owner, seam) for seam in crossing]
+        strips = (plan.strip_shape(seam) for source, reader, seam in ends if rank in (source, reader))
+        travelling = max(travelling, sum(_nbytes(plan, shape) for shape in strips))
+    # Two products of a strip; each is made in float32 and then rounded, where the dtype is narrower.
+    products = 2 if plan.work.itemsize >= _FLOAT32 else 4
+    return travelling + max(products * widest, cropped)
 
 
-def _frames_at_once(plan: TilePlan, facts: VaeFacts) -> int:
-    """How many pictures one window works on at a time."""
-    if not facts.temporal_ratio:
-        return 1
-    shape = plan.work.shape if plan.work.direction == "encode" else plan.out_shape
-    frames = max(window.source.frames[1] if window.source.frames else shape[2] for window in plan.windows)
-    return min(frames, facts.frames_at_once or frames)
+def _running(plan: TilePlan, facts: VaeFacts, source: Box) -> int:
+    """Live bytes while one tile is decoded or encoded."""
+    return untiled_bytes(facts, attrs.evolve(plan.work, shape=source.shape_in(plan.work.shape)))
+
+
+def _landing(plan: TilePlan, rank: int) -> int:
+    """What stands beside a rank's own pieces: where the output lands, all of it, and what arrives for it."""
+    work = plan.work
+    if work.output == "sharded" or (work.output == "rank0" and rank):
+        return 0
+    return 2 * work.landed_bytes(plan.out_shape) - sum(plan.piece_bytes(one) for one in plan.owned(rank))
 
 
 def _nbytes(plan: TilePlan, shape: Sequence[int]) -> int:

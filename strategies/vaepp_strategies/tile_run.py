@@ -47,8 +47,9 @@ class TileStrategy:
         """See `Strategy.decode`."""
         adapter = adapter.on_tiles() if plan.tiled else adapter
         pieces = _pieces(adapter.decode_window, latent, group, plan)
-        finished = {index: adapter.finish_decode(piece) for index, piece in pieces.items()}
-        return land(finished, group, plan, latent.dtype, latent.device)
+        for index in pieces:
+            pieces[index] = adapter.finish_decode(pieces[index])
+        return land(pieces, group, plan, latent.dtype, latent.device)
 
     def encode(self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: TilePlan) -> Landed:
         """See `Strategy.encode`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_clips_arrive_frame_by_frame_and_are_saved(tmp_path: Path, monkeypatch: 
 
 
 def check_resumed(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kept latents on other ranks: by bands on three, and on one by tiles or whole."""
+    """The kept latents on other ranks: by bands on three, left there, and on one by tiles or whole."""
 
     def resumed(*settings: str) -> Result:
         assert result.latents is not None
@@ -57,6 +58,7 @@ def check_resumed(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
         "parallel.vae_patch_parallel_size=3",
         "vae.strategy=shard",
         "vae.vae_use_tiling=false",
+        "vae.output=sharded",
     )
     # As the one rank of a launcher's job, where nothing is started.
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -64,10 +66,13 @@ def check_resumed(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     one_rank = ("parallel.vae_patch_parallel_size=1", "vae.strategy=auto")
     tiles, whole = (resumed(*one_rank, f"vae.vae_use_tiling={tiled}") for tiled in ("true", "false"))
-    assert [len(frames) for frames in bands.frames] == [5, 5]
+    assert [len(frames) for frames in bands.frames] == [5] * 6, "each rank's piece of each clip"
+    places = [re.search(r"-y0-x(\d+)-frames$", file) for file in bands.files]
+    assert [place and int(place[1]) for place in places] == [0, 0, 112, 112, 216, 216]
+    joined = np.concatenate([np.stack(pixels(bands)[start : start + 10]) for start in (0, 10, 20)], axis=2)
     assert equal(tiles, result)
     assert not equal(whole, result), "tiles are not the whole"
-    for one, other in zip(pixels(bands), pixels(whole), strict=True):
+    for one, other in zip(joined, pixels(whole), strict=True):
         # Bands round in another way: equal up to one step of 255.
         assert np.abs(one.astype(int) - other).max() <= 1
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from vae_models import tiny_kl
 
@@ -211,11 +212,42 @@ def job(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     return [one_case(rank, case) for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "cases"), [(2, [*TILES, *HALF_WAY, *OTHERS]), (4, PART)], ids=["2", "4"]
-)
-def test_all_ranks_step_down_together(world_size: int, cases: list[Case]) -> None:
-    everyone = run_ranks(world_size, job, cases, timeout=600)
+def job_of_four(rank: int) -> tuple[list[dict[str, Any]], list[tuple[str, bool]]]:
+    """Cases of which some leave a rank without work, and a group without rank 0 where planning fails."""
+    cases, group = job(rank, PART), dist.new_group([1, 2, 3])
+    given = value(Case(strategy="shard"))
+    within: Any = {"group": group, "size": 2}
+    said = (
+        [planned_badly(rank == 2, given, method, **within) for method in ("top", "planned")] if rank else []
+    )
+    return cases, said
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[Any]:
+    return run_ranks(4, job_of_four, timeout=600)
+
+
+def test_two_ranks_step_down_together() -> None:
+    cases = [*TILES, *HALF_WAY, *OTHERS]
+    check(run_ranks(2, job, cases, timeout=600), cases)
+
+
+def test_ranks_with_and_without_work_step_down_together(four_ranks: list[Any]) -> None:
+    check([cases for cases, _ in four_ranks], PART)
+
+
+def test_in_a_group_smaller_than_the_job_a_rank_that_cannot_plan_says_so_too(four_ranks: list[Any]) -> None:
+    """The group's second rank fails, the third has no work: all are told, by the group's numbers."""
+    _, first, bad, idle = (said for _, said in four_ranks)
+    assert bad == [("ValueError: an odd number\nof rows", True)] * 2
+    for rank, said in ((0, first), (2, idle)):
+        told = f"PeerError: rank {rank} waited for rank 1 (before decoding): ValueError in planning: "
+        assert said == [(f"{told}an odd number", True)] * 2
+
+
+def check(everyone: list[list[dict[str, Any]]], cases: list[Case]) -> None:
+    world_size = len(everyone)
     for index, case in enumerate(cases):
         ranks = [rank[index] for rank in everyone]
         assert all(ranks[bad]["struck"] for bad in case.bad), case
@@ -294,18 +326,19 @@ def foreseen(rank: int) -> dict[str, Any]:
         sentences, predicted = [str(step) for step in steps], [step.predicted for step in steps]
         found[name] = (sentences, predicted, len(caught), len(freed))
         freed.clear()
-    return found | {name: planned_badly(rank, given, name) for name in ("top", "planned")}
+    return found | {name: planned_badly(rank == 1, given, name) for name in ("top", "planned")}
 
 
-def planned_badly(rank: int, given: torch.Tensor, method: str) -> tuple[str, bool]:
-    """What each rank says where rank 1 alone cannot plan, and whether the next decode is right."""
-    vae = parallelize_vae(made(Case(strategy="shard")), strategy="shard", timeout=timedelta(seconds=20))
+def planned_badly(bad: bool, given: torch.Tensor, method: str, **settings: Any) -> tuple[str, bool]:
+    """What each rank says where the bad one cannot plan, and whether the next decode is right."""
+    settings |= {"strategy": "shard", "timeout": timedelta(seconds=20)}
+    vae = parallelize_vae(made(Case(strategy="shard")), **settings)
 
     def fail(*_: Any) -> None:
         raise ValueError("an odd number\nof rows")
 
     said = "nothing"
-    with patch.object(Ladder, method, fail) if rank else nullcontext():
+    with patch.object(Ladder, method, fail) if bad else nullcontext():
         try:
             vae.decode(given)
         except (PeerError, ValueError) as error:

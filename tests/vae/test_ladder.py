@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from vae_models import tiny_kl
+from vae_zoo import build
 
 from vaepp_sdk.entries import Rung, StrategyEntry, load_object
 from vaepp_sdk.markers import hookimpl
-from vaepp_sdk.registry import Plugin, Registry
+from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.ladder import MAX_ATTEMPTS, Ladder, Step
 from vaepp_sdk.vae.ledger import Ledger
@@ -112,6 +113,31 @@ def test_three_attempts_at_most_and_no_plan_twice(strategy: str, batch: int, siz
             lightest = min(step.peak(ranks) for step in steps.below())
             assert 2 * second <= first or second == lightest
             assert third == lightest or second == lightest
+
+
+@pytest.mark.parametrize(
+    ("vae", "shape", "counts"),
+    [
+        (tiny_kl(widths=(8, 16, 32, 32)), (1, 16, 3, 2), (24, 32)),  # 24 rows of pixels
+        (build("AutoencoderDC"), (1, 4, 5, 3), (4, 8)),  # two ranks share 5 rows of latents
+        (build("AutoencoderKLWan"), (1, 4, 2, 5, 3), (4, 8)),
+    ],
+)
+def test_more_row_blocks_than_rows_are_no_other_plan(
+    vae: Any, shape: tuple[int, ...], counts: tuple[int, int]
+) -> None:
+    """So that what has failed is not tried again under another name."""
+    registry = default_registry()
+    entry = registry.vae(type(vae))
+    adapter = load_object(entry.adapter, "test")(vae)
+    chooser = StrategyChooser(registry, "shard", entry.strategies, entry.pick)
+    work = Work(direction="decode", shape=shape, itemsize=4, ranks=2, world_size=2, output="all")
+
+    def digest(count: int) -> str:
+        rung = Rung("shard", {"row_blocks": count})
+        return chooser.plan_rung(rung, adapter, adapter.facts(), work)[1].digest
+
+    assert digest(counts[0]) == digest(counts[1]) != digest(2)
 
 
 def test_fewer_pictures_come_last() -> None:

@@ -207,10 +207,22 @@ def test_one_rank_keeps_the_plain_vae_unless_an_option_gives_it_work() -> None:
     assert parallelize_vae(vae, strategy="shard", row_blocks=2) is not vae
 
 
-def test_a_vae_that_is_no_straight_sequence_is_refused_by_name() -> None:
-    vae, value = prepared(Case((16, 8), vae="tiny"))
-    with pytest.raises(UnsupportedError, match=r"'shard' cannot run row blocks: .*"):
-        parallelize_vae(vae, strategy="shard", row_blocks=2).decode(value)
+@pytest.mark.parametrize("name", ["dc", "hunyuan image", "tiny"])
+def test_a_vae_that_is_no_straight_sequence_runs_bands_in_turn(name: str) -> None:
+    for case in (Case((9, 6), vae=name, dtype=BF16), Case((64, 40), vae=name, direction="encode")):
+        vae, value = prepared(case)
+        wrapped = parallelize_vae(vae, strategy="shard", row_blocks=3)
+        assert close(whole(getattr(wrapped, case.direction)(value)), expect(case))
+        assert len(wrapped.last_plan.windows) == 3
+    again = parallelize_vae(vae, strategy="shard", row_blocks=2, recompute="always")
+    if name == "hunyuan image":
+        with pytest.raises(
+            UnsupportedError, match="recompute = 'always' has no effect on encode of AutoencoderKL"
+        ):
+            again.encode(value)
+    else:
+        assert close(whole(again.encode(value)), expect(case))
+        assert 0 < again.last_plan.extra_work < 0.2
 
 
 def test_a_pipeline_on_one_rank_takes_the_options(tiny_model: Path) -> None:

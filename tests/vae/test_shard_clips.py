@@ -120,7 +120,7 @@ def fail_and_go_on(rank: int) -> dict[str, bool]:
     again = {"row_blocks": 4, "recompute": "always"}
     for options in (again, {"peak_limit": "1KiB"}, {"deterministic": "reference"}):
         with counted() as seen, pytest.raises(UnsupportedError):
-            parallelize_vae(vae, strategy="shard", strategy_options=options).decode(value)
+            parallelize_vae(vae, strategy="shard", **options).decode(value)
         found[f"{options} sent nothing"] = not seen.sent
     vae.decoder.nonlinearity = nn.InstanceNorm3d(8)
     with counted() as seen, pytest.raises(UnsupportedError, match=r"decoder.nonlinearity \(InstanceNorm3d\)"):

@@ -48,18 +48,30 @@ CASES = [
     Case((33, 66), direction="encode", vae="tiny"),
     Case((8, 17), direction="encode", output="rank0"),
 ]
+SANA = {"upsample_block_type": "interpolate", "downsample_block_type": "Conv"}
 MORE = [
     Case((21, 12), vae="hunyuan image", dtype=F64),
     Case((9, 25), vae="hunyuan image", batch=2, output="rank0"),
     Case((20, 8), vae="hunyuan image", dtype=BF16),
     Case((72, 48), vae="hunyuan image", direction="encode", dtype=F64),
     Case((40, 76), vae="hunyuan image", direction="encode", output="sharded"),
-    Case((19, 12), vae="dc"),
+    Case((19, 12), vae="dc", build=SANA),
     Case((9, 26), vae="dc", batch=2, output="rank0"),
     Case((14, 16), vae="dc", dtype=BF16),
     Case((2, 1), vae="dc", active=1),  # so few positions that the class itself attends quadratically
     Case((76, 48), vae="dc", direction="encode"),
     Case((32, 76), vae="dc", direction="encode", batch=2, output="sharded"),
+]
+BLOCKS = [  # no straight sequences of layers: several bands on a rank, in turn
+    Case((19, 12), vae="hunyuan image", dtype=F64, options={"row_blocks": 2}),
+    Case((72, 24), vae="hunyuan image", direction="encode", output="rank0", options={"row_blocks": 3}),
+    Case((13, 9), vae="dc", batch=2, options={"row_blocks": 2}),
+    Case((9, 14), vae="dc", dtype=BF16, output="sharded", options={"peak_limit": "40KiB"}),
+    Case((7, 15), vae="dc", build=SANA, options={"row_blocks": 2}),
+    Case((28, 76), vae="dc", direction="encode", options={"row_blocks": 4}),
+    Case((17, 10), vae="dc", output="rank0", options={"row_blocks": 2, "recompute": "always"}),
+    Case((48, 44), vae="dc", direction="encode", options={"row_blocks": 3, "recompute": "always"}),
+    Case((9, 11), vae="tiny", dtype=F64, options={"row_blocks": 2, "recompute": "always"}),
 ]
 PART = [
     Case((37, 6), size=2, active=2),
@@ -70,7 +82,9 @@ PART = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES + MORE), (4, CASES + MORE + PART)])
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, CASES + MORE + BLOCKS), (4, CASES + MORE + PART + BLOCKS[::2])]
+)
 def test_the_result_is_the_untiled_one_up_to_rounding(world_size: int, cases: list[Case]) -> None:
     check_cases(world_size, cases)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def scene_outputs(rank: int) -> dict[str, Any]:
         "rank0 encode": tuple(first.encode(pictures).latent_dist.parameters.shape),
         "shape": left.shape == tuple(expected.shape),
         "pieces": [torch.equal(piece.tensor, expected[(..., *piece.box.slices)]) for piece in left.pieces],
+        "no posterior": error_of(lambda: getattr(left, "sample")),  # noqa: B009  # as a pipeline would
         "unknown": error_of(lambda: parallelize_vae(vae, output="rank1")),  # type: ignore[arg-type]
     }
 
@@ -158,19 +160,26 @@ def scene_disagree(rank: int) -> dict[str, Any]:
 
 
 def scene_threads(rank: int) -> dict[str, Any]:
-    """A second decode starts while the first is inside its decoder."""
-    wrapped = parallelize_vae(tiled(), strategy="tile")
+    """Other decodes start while the first is inside its decoder: its own, another wrapper's, the VAE's."""
+    vae = tiled()
+    wrapped, other = parallelize_vae(vae, strategy="shard"), parallelize_vae(vae, strategy="tile")
+    others = [wrapped, other, vae]
     seen: list[tuple[str, str]] = []
 
-    def second(*_: Any) -> None:
-        thread = threading.Thread(target=lambda: seen.append(error_of(lambda: wrapped.decode(latents()))))
-        thread.start()
-        thread.join()
+    def another(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].is_meta or not others:  # the layers are being looked at, or this is another one
+            return
+        calls, others[:] = list(others), []
+        for one in calls:
+            decode = partial(one.decode, latents())
+            thread = threading.Thread(target=lambda decode=decode: seen.append(error_of(decode)))
+            thread.start()
+            thread.join()
 
-    handle = wrapped.vae.decoder.register_forward_pre_hook(second)
+    handle = vae.decoder.register_forward_pre_hook(another)
     wrapped.decode(latents())
     handle.remove()
-    return {"second": seen[0], "after": error_of(lambda: wrapped.decode(latents()))}
+    return {"others": seen, "after": error_of(lambda: wrapped.decode(latents()))}
 
 
 class CountingHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
@@ -295,6 +304,9 @@ def test_outputs(both: list[dict[str, Any]]) -> None:
         assert seen["shape"]
         assert seen["pieces"]
         assert all(seen["pieces"])
+        kind, words = seen["no posterior"]
+        assert kind == "AttributeError"
+        assert words.startswith("an output that was left sharded has no 'sample': each rank holds its own")
         assert "'rank0', 'all' or 'sharded'" in seen["unknown"][1]
 
 
@@ -330,8 +342,11 @@ def test_disagree(both: list[dict[str, Any]]) -> None:
 
 def test_threads(both: list[dict[str, Any]]) -> None:
     for seen in both:
-        assert seen["second"][0] == "RunError"
-        assert "already running in another thread" in seen["second"][1]
+        assert [kind for kind, _ in seen["others"]] == ["RunError"] * 3
+        own, second, plain = (words for _, words in seen["others"])
+        assert "already running in another thread" in own
+        assert own == second
+        assert "was called from another thread; use one VAE object for one call at a time" in plain
         assert seen["after"] == ("nothing", "")
 
 

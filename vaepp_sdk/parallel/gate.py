@@ -6,9 +6,10 @@ does not come is named. Rank 0 compares, so a gate costs each other rank two mes
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +20,8 @@ from vaepp_sdk.text import clean
 
 __all__ = ["Gate", "differences"]
 
-_GATES = itertools.count()
-"""Ranks make their gates in the same order, so that the same number means the same gate."""
+_GATES: dict[str, Iterator[int]] = {}
+"""By group: its ranks make their gates in the same order, so that the same number means the same gate."""
 
 _GRACE = timedelta(seconds=5)
 """How much longer than rank 0 the others wait: it is rank 0 that names who is missing."""
@@ -29,26 +30,29 @@ _MAX_TOLD = 3
 
 
 class Gate:
-    """Where the ranks of a job meet before they go on; in a job of one rank it does nothing.
+    """Where the ranks of a job, or of a group of it, meet before they go on; one rank alone meets nobody.
 
-    Every rank makes its gates, and comes to each of them, in the same order.
+    Every rank makes the gates of a group, and comes to each of them, in the same order.
 
     Args:
         timeout: how long ranks wait for each other.
+        group: whose ranks meet; this process is one of them. None is the whole job. Verdicts and errors
+            count ranks within it.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
         self._timeout = timeout
-        self._prefix = f"vaepp/gate/{next(_GATES)}"
+        self._prefix = ""
         self._round = 0
         self._store: Any = None
         self._rank, self._ranks = 0, 1
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size(group) > 1:
             # Of all stores this is the one that every rank has: torch has no public name for it.
             from torch.distributed.distributed_c10d import _get_default_store
 
             self._store = _get_default_store()
-            self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+            self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+            self._prefix = _new_name(dist.get_process_group_ranks(group))
 
     @property
     def is_open(self) -> bool:
@@ -152,6 +156,12 @@ class Gate:
 
     def _key(self, who: int | str, number: int | None = None) -> str:
         return f"{self._prefix}/{self._round if number is None else number}/{who}"
+
+
+def _new_name(ranks: Sequence[int]) -> str:
+    """The same on all ranks of a group, and on no other: groups of other ranks know nothing of this one."""
+    group = hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]
+    return f"vaepp/gate/{group}/{next(_GATES.setdefault(group, itertools.count()))}"
 
 
 def differences(facts: Sequence[Mapping[str, str]], own: Sequence[Mapping[str, str]] = ()) -> str:

@@ -46,7 +46,7 @@ def parallelize_vae(
 
     Args:
         vae: a diffusers VAE, loaded alike on every rank.
-        group: the process group that runs the DiT; None is the world group.
+        group: the process group that runs the DiT; None is the world group. Errors count ranks within it.
         size: how many of its first ranks share the work; None is all of them. A larger size is reduced,
             with a warning.
         strategy: a registered strategy, or `auto` for the VAE class's own rule.
@@ -90,9 +90,7 @@ def parallelize_vae(
     # A launcher says how many ranks this machine has; without one it may have all of them.
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     made = ParallelVAE(adapter, view, chooser, output, on_oom=on_oom, sharers=sharers)
-    if dist.is_initialized() and world_size == dist.get_world_size():
-        # Gates are counted over the whole job: ranks outside a smaller group would not know of this one.
-        made.descent.on_plan = PlanGate(Gate(timeout))
+    made.descent.on_plan = PlanGate(Gate(timeout, group))
     return made
 
 

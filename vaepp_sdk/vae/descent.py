@@ -105,7 +105,7 @@ class Descent:
             RankError: a rank's memory is not enough for any step, or none may be taken; on every rank alike.
             PeerError: a rank is gone, or did not answer in time.
         """
-        ladder = self._planned(lambda: self._ladder(adapter, direction, value))
+        ladder = self.planned(lambda: self._ladder(adapter, direction, value))
         key = (ladder.facts, ladder.work)
         if key in self._settled:
             step, self.steps = self._settled[key]
@@ -135,8 +135,8 @@ class Descent:
         images = 1 if adapter.vae.use_slicing else value.shape[0]
         return Ladder(self.chooser, adapter, adapter.facts(), work, images)
 
-    def _planned(self, plan: Callable[[], PlannedT]) -> PlannedT:
-        """Plan something; an error is told to the ranks that had none before it is raised."""
+    def planned(self, plan: Callable[[], PlannedT]) -> PlannedT:
+        """Do what comes before a plan's messages; an error is told to the ranks that had none, and raised."""
         try:
             return plan()
         except Exception as error:
@@ -146,7 +146,7 @@ class Descent:
     def _first(self, ladder: Ladder, device: torch.device) -> tuple[Step, list[Step]]:
         """The step to begin with, and those that have failed before."""
         self.steps = ()
-        top = self._planned(ladder.top)
+        top = self.planned(ladder.top)
         self.on_plan(top.plan)  # the other ranks may not have come so far: they would wait in vain
         if self.failed_before:
             return self._lower(ladder, [top], dict.fromkeys(self.failed_before, "")), [top]
@@ -161,7 +161,7 @@ class Descent:
             return top
         self.free_more()
         rooms = self._rooms(device)
-        step = self._planned(lambda: ladder.fitting(rooms))
+        step = self.planned(lambda: ladder.fitting(rooms))
         if step.key == top.key:
             return top
         return self._noted(top, step, top.short_of(rooms), predicted=True)
@@ -199,7 +199,7 @@ class Descent:
 
     def _part(self, ladder: Ladder, step: Step, part: torch.Tensor) -> tuple[Landed | None, Exception | None]:
         """This rank's share of some pictures, or its error once its messages are played out."""
-        strategy, plan = self._planned(lambda: ladder.planned(step, part.shape[0]))
+        strategy, plan = self.planned(lambda: ladder.planned(step, part.shape[0]))
         self.plan = plan
         self.on_plan(plan)
         run: Callable[..., Landed] = strategy.decode if plan.work.direction == "decode" else strategy.encode
@@ -225,7 +225,7 @@ class Descent:
 
     def _lower(self, ladder: Ladder, tried: Sequence[Step], failed: dict[int, str]) -> Step:
         ranks = tuple(failed)
-        lower = self._planned(lambda: ladder.next(tried, ranks)) if self.on_oom == "step_down" else None
+        lower = self.planned(lambda: ladder.next(tried, ranks)) if self.on_oom == "step_down" else None
         if lower is None:
             raise RankError(ranks[0], ladder.work.direction, self._why(tried, failed))
         self.free_more()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Never
 
 import attrs
 import torch
@@ -39,6 +40,13 @@ class ShardedSample:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    def __getattr__(self, name: str) -> Never:
+        """What a tensor or a posterior would have is said to be missing in words that help."""
+        raise AttributeError(
+            f"an output that was left sharded has no {name!r}: each rank holds its own pieces; take "
+            ".pieces, each with a .tensor and its .box in the whole, or set output = 'all'"
+        )
 
 
 @attrs.frozen(eq=False)

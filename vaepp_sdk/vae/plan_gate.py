@@ -12,10 +12,10 @@ __all__ = ["PlanGate"]
 
 @attrs.frozen
 class PlanGate:
-    """Compares what every rank of a job has planned.
+    """Compares what every rank of a job, or of a group of it, has planned.
 
     Attributes:
-        gate: the job's.
+        gate: theirs.
     """
 
     gate: Gate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from vaepp_sdk.vae.landing import Landed, ShardedSample
 from vaepp_sdk.vae.plan import Output, WorkPlan
 
 __all__ = ["ParallelVAE"]
+
+_BUSY: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+"""Held while a VAE works: one object may be wrapped several times, with other settings."""
 
 
 class ParallelVAE(nn.Module):
@@ -56,7 +60,7 @@ class ParallelVAE(nn.Module):
         self._adapter = adapter
         self._group = group
         self._output: Output = output
-        self._busy = threading.Lock()
+        self._busy = _BUSY.setdefault(adapter.vae, threading.Lock())
         self.descent = Descent(group, chooser, output, on_oom, sharers=sharers)
 
     @property
@@ -142,14 +146,17 @@ class ParallelVAE(nn.Module):
                 "call it from one thread at a time"
             )
         try:
-            _onload(self)
-            _onload(self.vae)
-            value = call.value
-            check_input(self._adapter.facts(), direction, value, self.vae)
-            adapter = self._adapter.with_arguments(direction, call.further)
-            return self._result(self.descent.run(adapter, direction, value), value)
+            adapter = self.descent.planned(lambda: self._prepared(direction, call))
+            return self._result(self.descent.run(adapter, direction, call.value), call.value)
         finally:
             self._busy.release()
+
+    def _prepared(self, direction: Direction, call: CallArguments) -> VaeAdapter:
+        """The adapter for one call, once its input is checked and the VAE is where it computes."""
+        _onload(self)
+        _onload(self.vae)
+        check_input(self._adapter.facts(), direction, call.value, self.vae)
+        return self._adapter.with_arguments(direction, call.further)
 
     def _result(self, landed: list[Landed], value: torch.Tensor) -> torch.Tensor | ShardedSample:
         """One result of all slices: the whole output, an empty batch, or this rank's pieces."""

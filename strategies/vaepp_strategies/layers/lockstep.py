@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
 
 import attrs
 import torch
@@ -72,7 +73,9 @@ class Lockstep:
             finally:
                 self._hand_on(band)
 
-        threads = [threading.Thread(target=body, args=(band,), daemon=True) for band in self._own]
+        threads = [
+            threading.Thread(target=copy_context().run, args=(body, band), daemon=True) for band in self._own
+        ]
         for thread in threads:
             thread.start()
         self._turns[self._own[0]].release()

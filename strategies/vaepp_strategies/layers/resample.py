@@ -16,6 +16,7 @@ from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
 
 __all__ = [
     "band_clip_upsample",
+    "band_doubling_block",
     "band_downsample",
     "band_pad",
     "band_padded_convolution",
@@ -66,24 +67,47 @@ def band_upsample_block(block: Any, bands: Bands, reach: Reach, name: str) -> Ca
     The convolution must be replaced too; it finds the rows around its input carried.
     """
 
-    def double(rows: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(rows, scale_factor=2.0, mode="nearest")
-
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if not block.use_conv:
-            return _carry_through(values, double, bands, reach, name)
-        halo = _halo(values, bands, reach, name)
-        if halo is None or not values.is_contiguous():
-            doubled, around = double(values), halo and halo.mapped(double)
-        else:
-            lead = convolution_window(block.conv, bands.axis).lead
-            doubled, around = double_joined(values, halo, bands.axis, lead, double)
-        if around is not None:
-            bands.carry(doubled, around)
-        result: torch.Tensor = block.conv(doubled)
-        return result
+            return _carry_through(values, _double, bands, reach, name)
+        return _doubled_convolved(values, block.conv, bands, reach, name)
 
     return forward
+
+
+def band_doubling_block(block: Any, bands: Bands, reach: Reach, name: str) -> Callable[..., torch.Tensor]:
+    """A forward for a `DCUpBlock2d` that interpolates by 2 in front of its convolution.
+
+    The convolution must be replaced too; it finds the rows around its input carried.
+    """
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        result = _doubled_convolved(values, block.conv, bands, reach, name)
+        if not block.shortcut:
+            return result
+        return result + F.pixel_shuffle(values.repeat_interleave(block.repeats, dim=1), block.factor)
+
+    return forward
+
+
+def _double(rows: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(rows, scale_factor=2.0, mode="nearest")
+
+
+def _doubled_convolved(
+    values: torch.Tensor, convolution: nn.Conv2d, bands: Bands, reach: Reach, name: str
+) -> torch.Tensor:
+    """Double rows and columns of a band, and convolve that; the rows around it travel before."""
+    halo = _halo(values, bands, reach, name)
+    if halo is None or not values.is_contiguous():
+        doubled, around = _double(values), halo and halo.mapped(_double)
+    else:
+        lead = convolution_window(convolution, bands.axis).lead
+        doubled, around = double_joined(values, halo, bands.axis, lead, _double)
+    if around is not None:
+        bands.carry(doubled, around)
+    result: torch.Tensor = convolution(doubled)
+    return result
 
 
 def band_clip_upsample(block: Any, bands: Bands, reach: Reach, name: str) -> Callable[..., torch.Tensor]:

@@ -1,11 +1,14 @@
-"""Row blocks of clips: several bands on each rank, which runs them in turn.
+"""Row blocks as bands: several on each rank, which runs them in turn.
 
-The row blocks of pictures run two or three layers on a block at a time, and store whole activations between
-them. Video VAEs keep frames of every layer for the next ones, and are no straight sequence of layers. Bands
-that stop at every exchange store what stands there, and one of them at a time is at its peak.
+Where a VAE is one straight sequence of layers, its row blocks run two or three layers on a block at a time,
+and store whole activations between them. Other VAEs have shortcuts around many layers, or keep frames of
+every layer for the next ones. Bands that stop at every exchange store what stands there, and one of them at a
+time is at its peak.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -19,18 +22,21 @@ from vaepp_strategies.shard_grid import GridPlan, plan_grid, run_grid
 from vaepp_strategies.shard_limit import RowBlocks, block_counts, shown_bytes
 from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_run import ShardStrategy
+from vaepp_strategies.shard_stages import is_straight
+from vaepp_strategies.shard_steps import shard_steps
 
-__all__ = ["BlockStrategy", "plan_clip_blocks"]
+__all__ = ["BlockStrategy", "plan_turns"]
 
 
 class BlockStrategy(ShardStrategy):
-    """`shard` in row blocks, of pictures as of clips."""
+    """`shard` in row blocks, of any VAE."""
 
     def plan(self, facts: VaeFacts, work: Work) -> ShardPlan | GridPlan:  # type: ignore[override]
         """See `Strategy.plan`."""
-        if not facts.temporal_ratio or self._row_blocks is None:
+        trace = None if facts.temporal_ratio else facts.layers(work.direction)
+        if self._row_blocks is None or (trace is not None and is_straight(trace)):
             return super().plan(facts, work)
-        return plan_clip_blocks(facts, work, self._row_blocks)
+        return plan_turns(facts, work, self._row_blocks)
 
     def decode(
         self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan | GridPlan
@@ -49,8 +55,11 @@ class BlockStrategy(ShardStrategy):
         return super().encode(adapter, picture, group, plan)
 
 
-def plan_clip_blocks(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan:
+def plan_turns(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan:
     """Give each rank as many bands as asked for, or the fewest that keep the limit.
+
+    Where activations may be computed again, convolutions that follow one another exchange once: the first one
+    computes what the next ones read beyond their band, so nothing of theirs stands while other bands run.
 
     Args:
         facts: the VAE.
@@ -59,17 +68,16 @@ def plan_clip_blocks(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan
 
     Raises:
         UnsupportedError: as the plain mode; or no number of bands keeps the limit (the smallest that can be
-            kept is named); or activations of clips are to be computed again.
+            kept is named); or nothing can be computed again, and that is asked for.
     """
-    if wanted.recompute == "always":
-        raise UnsupportedError(f"recompute = 'always' takes pictures; {facts.vae_class} takes clips")
+    ways = _ways(facts, work, wanted)
     if wanted.count:
-        return plan_grid(facts, work, wanted.count * work.ranks)
+        return plan_grid(facts, work, wanted.count * work.ranks, ways[0])
     side = max(work.shape[-2:])
     most = max(1, side // (1 if work.direction == "decode" else facts.spatial_ratio) // work.ranks)
     least = None
-    for count in block_counts(most):
-        plan = plan_grid(facts, work, count * work.ranks)
+    for chained, count in itertools.product(ways, block_counts(most)):
+        plan = plan_grid(facts, work, count * work.ranks, chained)
         if max(plan.peak_bytes) <= wanted.limit:
             return plan
         least = min(max(plan.peak_bytes), least or max(plan.peak_bytes))
@@ -77,3 +85,17 @@ def plan_clip_blocks(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan
         f"strategy 'shard' cannot {work.direction} shape {work.shape} on {work.ranks} ranks within "
         f"peak_limit {shown_bytes(wanted.limit)}: the smallest that can be kept is {shown_bytes(least or 0)}"
     )
+
+
+def _ways(facts: VaeFacts, work: Work, wanted: RowBlocks) -> tuple[bool, ...]:
+    """Without and with rows that are computed again, as far as that is asked for and is another plan."""
+    trace = None if facts.temporal_ratio else facts.layers(work.direction)
+    able = trace is not None and shard_steps(trace, chained=True) != shard_steps(trace)
+    if wanted.recompute == "always" and not able:
+        raise UnsupportedError(
+            f"recompute = 'always' has no effect on {work.direction} of {facts.vae_class}, whose row blocks "
+            "run in turn: no convolution of a picture reads what another one gave; leave it out"
+        )
+    if wanted.recompute == "always":
+        return (True,)
+    return (False, True) if able and wanted.recompute == "auto" and wanted.limit else (False,)

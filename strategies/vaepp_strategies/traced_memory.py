@@ -1,4 +1,4 @@
-"""How many bytes a band of a clip holds at its peak: pure arithmetic, from what a trace of layers counted.
+"""How many bytes a band holds at its peak: pure arithmetic, from what a trace of layers counted.
 
 A trace runs the VAE's own code on small sides. What it holds grows with the positions of the input, so a band
 holds its share of that, but for its neighbours' rows and for layers that run on a band in another way.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -17,13 +17,13 @@ from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.norm import CHUNK_VALUES
-from vaepp_strategies.layers.parts import Parts
+from vaepp_strategies.layers.parts import Part, Parts
 from vaepp_strategies.layers.reach import SHORT_BAND
 from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, HOLDING_CONVOLUTIONS, MASKED_ATTENTION
 from vaepp_strategies.shard_steps import ShardStep
 from vaepp_strategies.tile_geometry import Span
 
-__all__ = ["ClipMemory"]
+__all__ = ["TracedMemory", "untiled_bytes"]
 
 _ROW_COPIES = 4
 """Of a neighbour's rows: what is sent, what arrives, and where it stands among a band's own rows."""
@@ -36,11 +36,11 @@ _CACHED_FRAMES = 2
 
 
 @attrs.frozen(kw_only=True)
-class ClipMemory:
-    """The bytes of one clip's bands.
+class TracedMemory:
+    """The bytes of the bands of one clip or picture.
 
     Attributes:
-        facts: the VAE; the layers of its clips are known.
+        facts: the VAE; its layers are known.
         work: what is asked.
         parts: the bands.
         times: the windows of frames in which the VAE runs the clip; none where it runs in one piece.
@@ -60,7 +60,7 @@ class ClipMemory:
         """
         lengths = [self.parts.parts[band].length for band in bands]
         area = sum(lengths) * self._across
-        frames = {span.length for span in self.times} or {self.work.shape[2]}
+        frames = {span.length for span in self.times} or {self._frames}
         values = max(self._window(count, lengths) for count in frames)
         before, joining = self._joining()
         values = max(values + self._out(before, area), self._out(joining, area))
@@ -72,14 +72,20 @@ class ClipMemory:
     def _across(self) -> int:
         return self.work.shape[-1 if self.parts.axis == -2 else -2]
 
+    @property
+    def _frames(self) -> int:
+        """Frames of the input; a picture is one."""
+        return self.work.shape[2] if self.facts.temporal_ratio else 1
+
+    def _out_frames(self, frames: int) -> int:
+        return self.facts.out_frames(self.work.direction, frames) if self.facts.temporal_ratio else 1
+
     def _joining(self) -> tuple[int, int]:
         """Output frames held beside the last window, and while all are joined, or a whole clip is clamped."""
-        frames = [
-            self.facts.out_frames(self.work.direction, span.length) for span in self.times
-        ]  # more than are kept
+        frames = [self._out_frames(span.length) for span in self.times]  # more than are kept
         kept = [span.kept for span in self.times]
         if not frames:
-            return 0, 2 * self.facts.out_frames(self.work.direction, self.work.shape[2])
+            return 0, 2 * self._out_frames(self._frames)
         before = sum(kept[:-1]) + frames[-2] if len(kept) > 1 else 0
         return before, 2 * sum(kept) + frames[-1]
 
@@ -90,21 +96,22 @@ class ClipMemory:
         return self.facts.out_channels(self.work.direction) * frames * area * scale
 
     def _window(self, frames: int, lengths: list[int]) -> float:
-        """Values alive at the peak of one window of frames, or of a whole clip."""
+        """Values alive at the peak of one window of frames, or of a whole clip or picture."""
         direction, layers = self.work.direction, self.facts.clip_layers
-        assert layers is not None, "the layers are known"
-        enough, chunk = layers.frames(direction)
+        enough, chunk = (0, 0) if layers is None else layers.frames(direction)
         traced = frames if not chunk or frames < enough else enough + (frames - enough) % chunk
-        trace, longest, area = layers.trace(direction, traced), max(lengths), sum(lengths) * self._across
+        trace, longest, area = self.facts.layers(direction, traced), max(lengths), sum(lengths) * self._across
+        assert trace is not None, "the layers are known"
         share = area / math.prod(trace.in_shape[-2:])
         alone = len(self.parts.parts) == 1
         bands = sum(lengths) / longest
         values = share * (trace.peak if alone else self._running(trace, longest, bands - 1) / bands)
-        values = max(values, _masks(trace, share) if alone else self._statistics(trace, share / bands))
+        wider = _masks(trace, share) if alone else self._statistics(trace, share / bands, bands - 1)
+        values = max(values, wider)
         later = frames - traced
         if later:
             # A chunk leaves what it gave, beside what stands ready for those after it.
-            given = [self.facts.out_frames(direction, count) for count in (frames, traced)]
+            given = [self._out_frames(count) for count in (frames, traced)]
             values += later * share * _ready(trace) / traced + self._out(given[0] - given[1], area)
         return values
 
@@ -116,24 +123,37 @@ class ClipMemory:
             length: the band's rows of the input.
             waiting: how many bands of its length wait.
         """
+        held = self._waiting(trace)
+        return max(
+            moment.values + waiting * held(moment.first, moment.last) for moment in _moments(trace, length)
+        )
+
+    def _waiting(self, trace: LayerTrace) -> Callable[[int, int], int]:
+        """What a band holds that stands at the exchange before or after some calls, or between them."""
         names = {step.name for step in self.steps}
         exchanging = [index for index, call in enumerate(trace.calls) if call.name in names]
 
-        def held(moment: _Moment) -> int:
-            """What a band holds that stands at the exchange before or after, or between them."""
-            start = max(0, bisect.bisect_right(exchanging, moment.first) - 1)
-            end = bisect.bisect_right(exchanging, moment.last) + 1
+        def held(first: int, last: int) -> int:
+            start = max(0, bisect.bisect_right(exchanging, first) - 1)
+            end = bisect.bisect_right(exchanging, last) + 1
             return max((trace.calls[at].before for at in exchanging[start:end]), default=0)
 
-        return max(moment.values + waiting * held(moment) for moment in _moments(trace, length))
+        return held
 
-    def _statistics(self, trace: LayerTrace, share: float) -> float:
-        """Values while the statistics of a small band are taken, which is widened to float64 for them."""
-        wide = _WIDE / self.work.itemsize
+    def _statistics(self, trace: LayerTrace, share: float, waiting: float) -> float:
+        """Values while the statistics of a small band are taken, which is widened to float64 for them.
+
+        Args:
+            trace: the layers.
+            share: the band's positions, those of the trace = 1.
+            waiting: how many bands of its length wait.
+        """
+        wide, held = _WIDE / self.work.itemsize, self._waiting(trace)
         return max(
             (
-                share * call.before + wide * min(share * math.prod(call.in_shape), CHUNK_VALUES)
-                for call in trace.calls
+                share * (call.before + waiting * held(index, index))
+                + wide * min(share * math.prod(call.in_shape), CHUNK_VALUES)
+                for index, call in enumerate(trace.calls)
                 if call.kind == "GroupNorm"
             ),
             default=0,
@@ -150,6 +170,26 @@ class ClipMemory:
         layers = self.facts.clip_layers
         cached = layers is not None and layers.frames(self.work.direction)[1]
         return _ROW_COPIES * widest + (_CACHED_FRAMES * sum(sizes.values()) if cached else 0)
+
+
+def untiled_bytes(facts: VaeFacts, work: Work) -> int:
+    """The most bytes alive while one rank decodes or encodes an input, or one tile of it, in one piece.
+
+    Args:
+        facts: the VAE. Where its layers are not known, its own estimate has to do.
+        work: its shape is the input's.
+    """
+    rows, columns = work.shape[-2:]
+    if facts.layers(work.direction) is not None:
+        alone = Parts(-2, (Part(0, rows, 0, rows),))
+        return TracedMemory(facts=facts, work=work, parts=alone, times=(), steps=()).peak(0)
+    pixels = rows * columns * (facts.spatial_ratio**2 if work.direction == "decode" else 1)
+    frames = 1
+    if facts.temporal_ratio:
+        given = work.shape[2]
+        frames = given if work.direction == "encode" else facts.out_frames("decode", given)
+        frames = min(frames, facts.frames_at_once or frames)
+    return int(work.shape[0] * pixels * frames * facts.peak_values_per_pixel) * work.itemsize
 
 
 def _ready(trace: LayerTrace) -> int:
