@@ -172,7 +172,8 @@ def _requests(trace: LayerTrace, chained: bool) -> tuple[Mapping[int, Reach], Ma
         reach = _needed(trace, index, given.get(index, NO_ROWS))
         if not reach:
             continue
-        giver = _giver(trace, index, reach, chained)
+        # A normalisation exchanges in any case, and its rows ride along.
+        giver = _giver(trace, index, reach, chained and trace.calls[index].kind == "Conv2d")
         if giver is None:
             fetcher = _fetcher(trace, index)
             own[fetcher] = own.get(fetcher, NO_ROWS).joined(reach)
@@ -212,7 +213,7 @@ def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool) -> int | 
     source = call_source(trace, index)
     while source >= 0:
         call = trace.calls[source]
-        if call.kind in GIVERS or _upsamples(call) or _gives_for_nothing(trace, source, reach):
+        if _fetches_for(trace, source, index) or _gives_for_nothing(trace, source, reach):
             return source
         if chained and _widens(trace, source):
             return source
@@ -249,6 +250,17 @@ def _upsamples(call: LayerCall) -> bool:
     return call.kind in UPSAMPLES or (call.kind in UPSAMPLES_BY_CHOICE and bool(call.setting("interpolate")))
 
 
+def _fetches_for(trace: LayerTrace, source: int, index: int) -> bool:
+    """Whether a call can fetch the rows around its own output that a later one reads.
+
+    A layer that adds a shortcut to what its own convolution gives can do so for that convolution alone.
+    """
+    call = trace.calls[source]
+    if call.kind in UPSAMPLES_BY_CHOICE:
+        return _upsamples(call) and trace.calls[index].inside == source
+    return call.kind in GIVERS or _upsamples(call)
+
+
 def _widens(trace: LayerTrace, index: int) -> bool:
     """Whether a call is a convolution of a picture that can compute more rows than its band's."""
     if trace.calls[index].kind != "Conv2d":
@@ -266,7 +278,7 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     if not _widens(trace, index):
         return False
     source = call_source(trace, index)
-    while source >= 0 and trace.calls[source].kind not in GIVERS and not _upsamples(trace.calls[source]):
+    while source >= 0 and not _fetches_for(trace, source, index):
         if not passes_through(trace, source):
             return False
         source = trace.calls[source].source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
@@ -206,15 +206,17 @@ def _peak(plan: TilePlan, facts: VaeFacts, rank: int) -> int:
 
 def _blending(plan: TilePlan, rank: int) -> int:
     """What stands beside all tiles of a rank while they are blended and cropped."""
-    seams = [seam for window in plan.owned(rank) for seam in plan.seams_into(window.index)]
-    seams += [seam for time in range(1, len(plan.times)) for seam in plan.time_seams(time)]
-    widest = max((_nbytes(plan, plan.strip_shape(seam)) for seam in seams), default=0)
+    owner = [window.owner for window in plan.windows]
+    inside = [seam for window in plan.windows for seam in plan.seams_into(window.index)]
+    between = [seam for time in range(1, len(plan.times)) for seam in plan.time_seams(time)]
+
+    def strips(seams: Iterable[Seam], *, sent: bool) -> list[int]:
+        mine = (seam for seam in seams if owner[seam.second] == rank or (sent and owner[seam.first] == rank))
+        return [_nbytes(plan, plan.strip_shape(seam)) for seam in mine]
+
+    widest = max(strips([*inside, *between], sent=False), default=0)
+    travelling = max((sum(strips(crossing, sent=True)) for crossing in plan.crossings), default=0)
     cropped = max((_nbytes(plan, plan.piece_shape(window)) for window in plan.owned(rank)), default=0)
-    travelling = 0
-    for crossing in plan.crossings:
-        ends = [(plan.windows[seam.first].owner, plan.windows[seam.second].owner, seam) for seam in crossing]
-        strips = (plan.strip_shape(seam) for source, reader, seam in ends if rank in (source, reader))
-        travelling = max(travelling, sum(_nbytes(plan, shape) for shape in strips))
     # Two products of a strip; each is made in float32 and then rounded, where the dtype is narrower.
     products = 2 if plan.work.itemsize >= _FLOAT32 else 4
     return travelling + max(products * widest, cropped)

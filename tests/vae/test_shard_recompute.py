@@ -151,8 +151,8 @@ HUNYUAN_CONFIG: dict[str, Any] = {
 TURNS: list[tuple[Any, Any, dict[str, Any], Direction, tuple[int, ...], dict[str, float]]] = [
     (*DC, SANA, "decode", (1, 32, 32, 32), {"never": 0.477, "always": 0.342}),
     (*DC, SANA, "encode", (1, 3, 1024, 1024), {"always": 0.388}),
-    (*HUNYUAN, HUNYUAN_CONFIG, "decode", (1, 64, 32, 32), {"never": HIDEC}),
-    (*HUNYUAN, HUNYUAN_CONFIG, "encode", (1, 3, 1024, 1024), {"never": HIENC}),
+    (*HUNYUAN, HUNYUAN_CONFIG, "decode", (1, 64, 32, 32), {"never": 0.616}),
+    (*HUNYUAN, HUNYUAN_CONFIG, "encode", (1, 3, 1024, 1024), {"never": 0.735}),
 ]
 
 

@@ -177,7 +177,7 @@ def band_convolution(
         return convolve_rows(convolution, F.pad(strip, across) if padded else strip, axis)
 
     def forward(values: torch.Tensor) -> torch.Tensor:
-        halo = bands.carried(values) or bands.fetch(values, window.reach, name)
+        halo = bands.carried(values) or bands.fetch(values, window.reach + give, name)
         out, beyond = convolve_band(values, halo, axis, window, whole, rows, give)
         if give:
             bands.carry(out, beyond)
