@@ -40,8 +40,6 @@ __all__ = [
     "window_of",
 ]
 
-_INTERPOLATING = (*INTERPOLATING, *UPSAMPLES_BY_CHOICE)
-
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "positions", "sums"]
 
 
@@ -241,8 +239,8 @@ def call_source(trace: LayerTrace, index: int) -> int:
     """Where a call's input comes from; some layers interpolate before they call their convolution."""
     call = trace.calls[index]
     around = trace.calls[call.inside] if call.inside >= 0 else None
-    upsamples = around is not None and _upsamples(around) and around.kind in _INTERPOLATING
-    return call.inside if upsamples and call.source == UNKNOWN else call.source
+    own = around is not None and around.kind in (*INTERPOLATING, *UPSAMPLES_BY_CHOICE) and _upsamples(around)
+    return call.inside if own and call.source == UNKNOWN else call.source
 
 
 def _upsamples(call: LayerCall) -> bool:
@@ -253,7 +251,7 @@ def _upsamples(call: LayerCall) -> bool:
 def _fetches_for(trace: LayerTrace, source: int, index: int) -> bool:
     """Whether a call can fetch the rows around its own output that a later one reads.
 
-    A layer that adds a shortcut to what its own convolution gives can do so for that convolution alone.
+    One that adds a shortcut to what its own convolution gives can do so for that convolution alone.
     """
     call = trace.calls[source]
     if call.kind in UPSAMPLES_BY_CHOICE:

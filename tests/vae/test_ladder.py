@@ -120,7 +120,7 @@ def test_three_attempts_at_most_and_no_plan_twice(strategy: str, batch: int, siz
     ("make", "shape", "counts"),
     [
         (partial(tiny_kl, widths=(8, 16, 32, 32)), (1, 16, 3, 2), (999, 1999)),  # also of its smallest layers
-        (partial(build, "AutoencoderDC"), (1, 4, 5, 3), (4, 8)),  # two ranks share 5 rows of latents
+        (partial(build, "AutoencoderDC"), (1, 4, 11, 3), (3, 8)),  # two rows each, for a 5x5 kernel
         (partial(build, "AutoencoderKLWan"), (1, 4, 2, 5, 3), (4, 8)),
     ],
 )

@@ -151,17 +151,18 @@ def test_bands_in_turn_lower_the_peak_of_one_rank(
 
 
 def test_plans_know_the_peak_of_small_clips() -> None:
-    """Sharded, and in tiles, of which rank 1 has several that it blends."""
+    """Sharded on two ranks, and in tiles that one rank blends."""
     for adapter, name, dtype in TINY:
         one = tiny(adapter, name, dtype)
         facts = one.facts()
         for frames in (1, 6):
             batch = 2 if "Wan" in name else 1  # untiled, HunyuanVideo 1.5 takes one clip
-            latent = (batch, facts.latent_channels, frames, 11, 9)
+            latent = (batch, facts.latent_channels, frames, 9, 7)
             pictures = 1 + (frames - 1) * facts.temporal_ratio
-            picture = (1, 3, pictures, 11 * facts.spatial_ratio, 9 * facts.spatial_ratio)
+            picture = (1, 3, pictures, 9 * facts.spatial_ratio, 7 * facts.spatial_ratio)
             for direction, shape in (("decode", latent), ("encode", picture)):
                 found, _ = told_and_counted(one, direction, shape, 2)
                 assert 0.9 <= found <= 1.15, (name, direction, shape, found)
-                found, _ = told_and_counted(one, direction, shape, 2, TileStrategy())
-                assert 0.95 <= found <= 1.12, (name, direction, shape, found)
+            if frames > 1 and "LTX" not in name:  # its last tile would have one latent, too few
+                found, _ = told_and_counted(one, "decode", latent, 1, TileStrategy())
+                assert 0.95 <= found <= 1.12, (name, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from shard_cases import Case, check_cases, prepared
 from torch import nn
 
 from vaepp_sdk import UnsupportedError, parallelize_vae
-from vaepp_sdk.errors import PeerError
+from vaepp_sdk.errors import PeerError, RunError
 from vaepp_sdk.testing import run_ranks
 
 BF16, F16, F64 = torch.bfloat16, torch.float16, torch.float64
@@ -130,8 +131,54 @@ def fail_everywhere(rank: int) -> tuple[bool, bool, float]:
     return raised, restored, float((wrapped.decode(value).sample - expected).abs().max())
 
 
-def test_an_error_half_way_restores_every_module_and_the_next_decode_is_right() -> None:
-    for raised, restored, apart in run_ranks(2, fail_everywhere):
+def decode_in_threads(rank: int) -> list[str]:
+    """What others get who decode while the VAE decodes: with its wrapper, another one, the VAE itself."""
+    vae, value = prepared(Case((9, 5)))
+    vae.enable_tiling()
+    wrapped, tiles = (parallelize_vae(vae, strategy=name) for name in ("shard", "tile"))
+    others: list[Any] = [wrapped, tiles, vae]
+    said: list[str] = []
+
+    def decode(other: Any) -> None:
+        try:
+            other.decode(value)
+        except RunError as error:
+            said.append(str(error))
+
+    def another(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].is_meta or not others:  # the layers are being looked at, or this is another one
+            return
+        called, others[:] = list(others), []
+        for other in called:
+            thread = threading.Thread(target=decode, args=(other,))
+            thread.start()
+            thread.join()
+
+    handle = vae.decoder.register_forward_pre_hook(another)
+    wrapped.decode(value)
+    handle.remove()
+    wrapped.decode(value)
+    return said
+
+
+def fail_and_go_on(rank: int) -> tuple[tuple[bool, bool, float], list[str]]:
+    return fail_everywhere(rank), decode_in_threads(rank)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Any]:
+    return run_ranks(2, fail_and_go_on)
+
+
+def test_one_vae_object_serves_one_thread_at_a_time(two_ranks: list[Any]) -> None:
+    for _, (own, second, plain) in two_ranks:
+        assert "already running in another thread" in own
+        assert own == second
+        assert "was called from another thread; use one VAE object for one call at a time" in plain
+
+
+def test_an_error_half_way_restores_every_module_and_the_next_decode_is_right(two_ranks: list[Any]) -> None:
+    for (raised, restored, apart), _ in two_ranks:
         assert raised
         assert restored
         assert apart < 5e-5  # rounding

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,29 +155,6 @@ def scene_disagree(rank: int) -> dict[str, Any]:
         "strategy": error_of(lambda: parallelize_vae(vae, strategy=["tile", "patch"][rank])),
         "bad on one": error_of(lambda: parallelize_vae(vae, output=["all", "nowhere"][rank])),  # type: ignore[arg-type]
     }
-
-
-def scene_threads(rank: int) -> dict[str, Any]:
-    """Other decodes start while the first is inside its decoder: its own, another wrapper's, the VAE's."""
-    vae = tiled()
-    wrapped, other = parallelize_vae(vae, strategy="shard"), parallelize_vae(vae, strategy="tile")
-    others = [wrapped, other, vae]
-    seen: list[tuple[str, str]] = []
-
-    def another(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        if arguments[0].is_meta or not others:  # the layers are being looked at, or this is another one
-            return
-        calls, others[:] = list(others), []
-        for one in calls:
-            decode = partial(one.decode, latents())
-            thread = threading.Thread(target=lambda decode=decode: seen.append(error_of(decode)))
-            thread.start()
-            thread.join()
-
-    handle = vae.decoder.register_forward_pre_hook(another)
-    wrapped.decode(latents())
-    handle.remove()
-    return {"others": seen, "after": error_of(lambda: wrapped.decode(latents()))}
 
 
 class CountingHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
@@ -338,16 +313,6 @@ def test_disagree(both: list[dict[str, Any]]) -> None:
         for what in ("size", "strategy", "bad on one"):
             assert seen[what][0] == "AgreementError", what
             assert "different arguments on ranks" in seen[what][1]
-
-
-def test_threads(both: list[dict[str, Any]]) -> None:
-    for seen in both:
-        assert [kind for kind, _ in seen["others"]] == ["RunError"] * 3
-        own, second, plain = (words for _, words in seen["others"])
-        assert "already running in another thread" in own
-        assert own == second
-        assert "was called from another thread; use one VAE object for one call at a time" in plain
-        assert seen["after"] == ("nothing", "")
 
 
 def test_hooks(both: list[dict[str, Any]]) -> None:
