@@ -13,7 +13,7 @@ FAULTS_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench faults kills soak clean
+.PHONY: help install demo test lint format docs bench faults kills starts fuzz soak clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -56,6 +56,12 @@ faults: install ## inject every fault into every stage of real runs; prints what
 
 kills: install ## kill a random process of real runs at random moments; prints what was named and what was left
 	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.random_kills
+
+starts: install ## let ranks start and torchrun go wrong; prints what was named and what was left
+	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.starts
+
+fuzz: install ## try 10,000 random specs, and as many with one wrong type
+	@VAEPP_FUZZ=20000 $(BIN)/python -m pytest -q tests/spec/test_spec_fuzz.py tests/spec/test_spec_hostile.py
 
 soak: install ## serve 200 requests of mixed sizes with one pool; shows that nothing grows
 	@TQDM_DISABLE=1 $(BIN)/python -m benchmarks.soak

@@ -264,7 +264,7 @@ def print_line(values: Mapping[str, Any], widths: Mapping[str, int]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
-    return "; ".join(value) if isinstance(value, tuple) else str(value)
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def main() -> None:

@@ -211,6 +211,7 @@ def _parallel(
     pick = pipeline.pick or entry.pick
     chooser = StrategyChooser(registry, settings.strategy, pipeline.strategies, pick, settings.options)
     adapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
+    chooser.check(adapter)
     return ParallelVAE(adapter, view, chooser, output, on_oom=settings.on_oom)
 
 

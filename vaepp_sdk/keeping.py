@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import attrs
 import torch
@@ -11,7 +12,7 @@ import torch
 from vaepp_sdk.assembly import software
 from vaepp_sdk.errors import VaeppWarning
 from vaepp_sdk.events import LatentsKept
-from vaepp_sdk.kept import settings_of
+from vaepp_sdk.kept import remove_run, settings_of
 from vaepp_sdk.latents import LatentStore, write_latents
 from vaepp_sdk.model_folder import ModelFolder
 from vaepp_sdk.parallel.group import DiTGroup
@@ -22,6 +23,9 @@ from vaepp_sdk.stages import Observer
 __all__ = ["Keeper"]
 
 _NOWHERE = -1
+_SPARE = -2
+"""Where rank 0 says that latents are: a run's number in the store, this less a run's number in the spare
+one, or nowhere."""
 
 
 @attrs.frozen(eq=False)
@@ -34,6 +38,7 @@ class Keeper:
         group: the DiT group, seen from this rank.
         timeout: the limit of one wait for rank 0.
         observer: told on every rank where the latents are.
+        spare: where they are kept when the store's disk is full, or cannot be written for another reason.
     """
 
     store: LatentStore
@@ -41,12 +46,13 @@ class Keeper:
     group: DiTGroup
     timeout: timedelta
     observer: Observer
+    spare: LatentStore = attrs.field(factory=LatentStore.temporary)
 
     def keep(self, latents: torch.Tensor | None, own: range, request: Request) -> None:
         """Write the latents of this rank's replica; every rank calls this once the replica has made them.
 
-        Ranks of one replica leave once rank 0 has written. Where nothing can be written the run goes on after
-        a warning: its pictures may still come out.
+        Ranks of one replica leave once rank 0 has written. Where nothing can be written, in the spare store
+        neither, the run goes on after a warning: its pictures may still come out.
 
         Args:
             latents: this replica's; None where it made none.
@@ -56,26 +62,46 @@ class Keeper:
         Raises:
             PeerError: rank 0 is gone, or did not answer in time.
         """
-        replicas = self.group.dims.data
-        number = self._new_run() if self.group.rank == 0 else _NOWHERE
-        leads = latents is not None and self.group.rank % (self.group.world_size // replicas) == 0
-        if leads and self.group.rank == 0:
-            self._write(number, latents, own, request)
-        number = self.group.told_by_rank0(number, "run number", self.timeout)
+        place = self._first(latents, own, request) if self.group.rank == 0 else _NOWHERE
+        place = self.group.told_by_rank0(place, "run number", self.timeout)
+        if place == _NOWHERE:
+            return
+        folder = self.store.run(place) if place >= 0 else self.spare.run(_SPARE - place)
+        leads = self.group.rank % (self.group.world_size // self.group.dims.data) == 0
         if leads and self.group.rank != 0:
-            self._write(number, latents, own, request)
-        if number != _NOWHERE:
-            self.observer(LatentsKept(str(self.store.run(number)), request.number))
+            try:
+                self._write(folder, latents, own, request)
+            except OSError as error:
+                _warn(f"the latents cannot be kept in {folder} ({_reason(error)}); what fails loses them")
+        self.observer(LatentsKept(str(folder), request.number))
 
-    def _new_run(self) -> int:
+    def _first(self, latents: torch.Tensor | None, own: range, request: Request) -> int:
+        """Write rank 0's latents where they fit, and return where that is, as one number for all ranks."""
         try:
-            return self.store.new_run()
+            return self._new_run(self.store, latents, own, request)
         except OSError as error:
-            _tell(self.store, error)
+            problem = f"the latents cannot be kept in {self.store.path} ({_reason(error)})"
+        try:
+            number = self._new_run(self.spare, latents, own, request)
+        except OSError as error:
+            also = f"nor in {self.spare.path} ({_reason(error)})"
+            _warn(f"{problem}, {also}; what fails from here on loses them")
             return _NOWHERE
+        _warn(f"{problem}; they are in {self.spare.run(number)} while this request runs")
+        return _SPARE - number
 
-    def _write(self, number: int, latents: torch.Tensor | None, own: range, request: Request) -> None:
-        if number == _NOWHERE or latents is None:
+    def _new_run(self, store: LatentStore, latents: torch.Tensor | None, own: range, request: Request) -> int:
+        """The number of a new run with rank 0's latents in it; a folder that gets none goes."""
+        number = store.new_run()
+        try:
+            self._write(store.run(number), latents, own, request)
+        except OSError:
+            remove_run(store.run(number))
+            raise
+        return number
+
+    def _write(self, folder: Path, latents: torch.Tensor | None, own: range, request: Request) -> None:
+        if latents is None:
             return
         model = ModelFolder(self.resolved.model_path, self.resolved.pipeline_class, ())
         details = {
@@ -87,16 +113,12 @@ class Keeper:
             "vae": settings_of(model.config("vae")),
             "software": software(),
         }
-        try:
-            write_latents(self.store.run(number), latents, own.start, details)
-        except OSError as error:
-            _tell(self.store, error)
+        write_latents(folder, latents, own.start, details)
 
 
-def _tell(store: LatentStore, error: OSError) -> None:
-    reason = error.strerror or str(error)
-    warnings.warn(
-        f"the latents cannot be kept in {store.path} ({reason}); what fails from here on loses them",
-        VaeppWarning,
-        stacklevel=2,
-    )
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, VaeppWarning, stacklevel=2)

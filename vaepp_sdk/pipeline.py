@@ -18,11 +18,12 @@ from vaepp_sdk.registry import default_registry
 from vaepp_sdk.request import Request, make_request
 from vaepp_sdk.resolve import Resolved, resolve
 from vaepp_sdk.resuming import resumed_request, resumed_tables
-from vaepp_sdk.runtime.inplace import check_size, find_launch
+from vaepp_sdk.runtime.inplace import check_size, end_with_launcher, find_launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.pool import WorkerPool
+from vaepp_sdk.saving import PictureFolder
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec
 from vaepp_sdk.spec.prompts import Upcoming
 
@@ -160,6 +161,8 @@ class Pipeline:
     def _start(cls, resolved: Resolved, on_event: Callable[[Event], None]) -> Pipeline:
         """Start ranks, or join a launcher's, and load the model."""
         launch = find_launch(os.environ)
+        if launch is not None and "RANK" in os.environ:
+            end_with_launcher()
         if launch is None or launch.rank == 0:
             for notice in resolved.notices:
                 warnings.warn(notice, VaeppWarning, stacklevel=3)
@@ -169,6 +172,8 @@ class Pipeline:
             payload=resolved.to_dict(),
             limits=_limits(resolved.spec),
         )
+        if launch is None and resolved.spec.output is not None:
+            PictureFolder(Path(resolved.spec.output.dir)).prepare()  # before a rank starts
         ear = _Ear(on_event)
         engine = JoinedRank(job, launch, ear) if launch else WorkerPool(job, ear)
         engine.start()

@@ -29,6 +29,7 @@ from vaepp_sdk.errors import PluginError, UnsupportedError, VaeppWarning
 from vaepp_sdk.events import StageEnd, StageStart
 from vaepp_sdk.markers import API_VERSION, PROJECT
 from vaepp_sdk.options import nearest
+from vaepp_sdk.text import told
 
 __all__ = ["Plugin", "Registry", "default_registry"]
 
@@ -112,8 +113,8 @@ class Registry:
             plugin = Plugin(found.name, _distribution(found))
             try:
                 module = found.load()
-            except Exception as error:
-                problem = f"it cannot be imported: {type(error).__name__}: {error}"
+            except (Exception, SystemExit) as error:
+                problem = f"it cannot be imported: {told(error)}"
                 registry.plugins.append(attrs.evolve(plugin, problem=problem))
                 continue
             registry.add(plugin, module)
@@ -214,8 +215,8 @@ class Registry:
             self._caller(hook, plugin.name)(register=register)
         except PluginError:
             raise
-        except Exception as error:
-            raise PluginError(str(plugin), f"{hook} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(str(plugin), f"{hook} raised {told(error)}") from error
 
     def _caller(self, hook: str, name: str) -> pluggy.HookCaller:
         others = [other for other_name, other in self._manager.list_name_plugin() if other_name != name]
@@ -228,7 +229,7 @@ class Registry:
                 self._caller(hook, name)(event=event)
             except Exception as error:
                 self._manager.unregister(name=name)
-                problem = f"{hook} raised {type(error).__name__}: {error}"
+                problem = f"{hook} raised {told(error)}"
                 warnings.warn(
                     f"plugin {name!r}: {problem}; it is told nothing more", VaeppWarning, stacklevel=2
                 )

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-__all__ = ["clean", "key_path", "shown"]
+__all__ = ["clean", "key_path", "message_of", "shown", "told"]
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _TYPE_NAMES = {"datetime": "a date", "date": "a date", "time": "a time of day", "NoneType": "None"}
@@ -43,6 +43,23 @@ def shown(value: Any, limit: int = 60) -> str:
         return "a table"
     name = type(value).__name__
     return _TYPE_NAMES.get(name, f"a Python object of type {clean(name)}")
+
+
+def message_of(error: BaseException, limit: int = 10_000) -> str:
+    """What an exception says, as it is; of one that cannot even say it, that."""
+    try:
+        text = str(error)
+    except Exception:
+        return "(its message cannot be shown)"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def told(error: BaseException, limit: int = 300) -> str:
+    """An exception's class and what it says, in one line that is safe to print."""
+    lines = (line.strip() for line in message_of(error).splitlines())
+    first = next((line for line in lines if line), "")
+    name = type(error).__name__
+    return clean(f"{name}: {first}" if first else name, limit)
 
 
 def key_path(path: str, key: object) -> str:

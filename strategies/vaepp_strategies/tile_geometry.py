@@ -10,7 +10,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.plan import Work
 
-__all__ = ["Span", "lay_frames", "lay_tiles", "replaced_facts"]
+__all__ = ["Span", "check_advance", "lay_frames", "lay_tiles", "replaced_facts"]
 
 
 @attrs.frozen
@@ -111,16 +111,26 @@ def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span
     return rows, columns
 
 
-def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -> tuple[Span, ...]:
-    side, ratio = work.shape[axis - 2], facts.spatial_ratio
-    if not fires:
-        size = facts.out_length(work.direction, side)
-        return (Span(0, side, size, size, 0, 0),)
+def check_advance(grid: TileGrid, axis: int) -> None:
+    """Refuse tiles that do not advance along an axis.
+
+    Raises:
+        UnsupportedError: with the overlap that would work.
+    """
     tile, step = grid.tile[axis], grid.step[axis]
     if step < 1 or grid.keep[axis] < 1:
         factor = f" with an overlap factor of {grid.overlap}" if grid.overlap is not None else ""
         remedy = f"the factor must be at most {1 - 1 / tile:g}" if factor and tile else "choose larger tiles"
         raise UnsupportedError(f"tiles of {tile}{factor} advance by {step}; {remedy}")
+
+
+def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -> tuple[Span, ...]:
+    side, ratio = work.shape[axis - 2], facts.spatial_ratio
+    if not fires:
+        size = facts.out_length(work.direction, side)
+        return (Span(0, side, size, size, 0, 0),)
+    check_advance(grid, axis)
+    tile, step = grid.tile[axis], grid.step[axis]
 
     def out(length: int) -> int:
         padded = -(-length // facts.encode_unit) * facts.encode_unit if grid.pads else length

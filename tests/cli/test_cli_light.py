@@ -286,7 +286,8 @@ os.getppid = iter([7, 1]).__next__
 end_with_launcher()
 print("lives")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    place = {**os.environ, "TORCHELASTIC_RUN_ID": "one"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=place)
     assert (done.returncode, done.stdout) == (1, b"")
 
 

@@ -202,19 +202,37 @@ def boom(*_: Any) -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_full_disk_is_warned_of_and_the_run_goes_on(
+def test_latents_that_do_not_fit_on_a_full_disk_are_kept_elsewhere_or_the_loss_is_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """And the run goes on: its pictures may still come out."""
+    folder, spare = tmp_path / "out", tmp_path / f"vaepp-latents-{os.getuid()}"
+    full = [folder]
 
-    monkeypatch.setattr(keeping, "write_latents", full)
-    with (
-        pytest.warns(VaeppWarning, match="the latents cannot be kept in .*No space left"),
-        Pipeline.from_spec(alone(tiny_model, tmp_path / "out")) as pipe,
-    ):
-        assert len(pipe().images) == 2
-    assert not list((tmp_path / "out").glob("run-*"))
+    def write(run: Path, *rest: Any) -> None:
+        if run.parent in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_latents(run, *rest)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(keeping, "write_latents", write)
+    output = {"dir": str(folder), "overwrite": True}
+    with Pipeline.from_spec(alone(tiny_model, folder, output=output)) as pipe:
+        taken = folder / "0000-a-red-cube-seed3.png"
+        taken.mkdir()
+        words = r"the latents cannot be kept in .*No space left.*; they are in .*run-0 while"
+        with (
+            pytest.warns(VaeppWarning, match=words),
+            pytest.raises(UserError, match="cannot write") as caught,
+        ):
+            pipe()
+        assert f"--resume {spare / 'run-0'}" in "".join(caught.value.__notes__)
+        assert KeptRun.read(spare / "run-0").seed == 3
+        full.append(spare)
+        with pytest.warns(VaeppWarning, match=r"No space left.*, nor in .*No space left.*loses them"):
+            assert len(pipe(seed=9, prompt="a cat").images) == 1
+    assert not list(folder.glob("run-*"))
+    assert [path.name for path in spare.iterdir()] == ["run-0"]
 
 
 def spoiled(folder: Path, tmp_path: Path, spoil: Callable[[Path], None]) -> Path:

@@ -223,6 +223,40 @@ def test_a_cause_is_one_safe_line() -> None:
     assert len(one_line("x" * 1000)) < 340
 
 
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("it cannot be said")
+
+
+def looped() -> BaseException:
+    """An exception that is the cause of its own cause."""
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    return first
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (SilentError(), "SilentError: (its message cannot be shown)"),
+        (ValueError("\ud800 \x1b[2J"), "ValueError: \\ud800 \\u001b[2J"),
+        (ValueError("\n\n" + "x" * 10**7), "ValueError: " + "x" * 288),
+    ],
+    ids=["no message", "no text", "10 MB"],
+)
+def test_records_of_errors_that_nobody_should_raise(error: BaseException, cause: str, tmp_path: Path) -> None:
+    record = caught(error)
+    assert record.cause.startswith(cause)
+    assert len(record.cause) < 340
+    assert len(record.trace) < 101_000
+    write_record(record, tmp_path / "error.json")
+    assert read_record(tmp_path / "error.json") == record
+
+
+def test_a_chain_of_causes_that_leads_back_to_itself_ends() -> None:
+    assert ErrorRecord.of(looped(), 0, "decode").kind == "own"
+
+
 def seen(rank: int, **changes: Any) -> Evidence:
     fields: dict[str, Any] = {
         "busy": True,

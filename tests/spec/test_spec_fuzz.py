@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import attrs
@@ -14,6 +15,9 @@ from vaepp_sdk.spec import PipelineSpec
 from vaepp_sdk.spec.calls import COMMON
 from vaepp_sdk.spec.structure import keys, table_class
 from vaepp_sdk.spec.values import value_type
+
+EXAMPLES = int(os.environ.get("VAEPP_FUZZ", "400"))
+"""`make fuzz` sets more."""
 
 _SCALARS: dict[str, st.SearchStrategy[Any]] = {
     "boolean": st.booleans(),
@@ -53,7 +57,7 @@ def _wrong(kinds: set[str]) -> st.SearchStrategy[Any]:
     return st.one_of(*wrong, _CONTAINERS.filter(lambda value: value is not None))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_no_wrong_type_is_accepted(data: st.DataObject) -> None:
     table, key = data.draw(st.sampled_from(sorted(FIELDS)))
@@ -75,7 +79,7 @@ _ANY = st.recursive(
 _KEYS = sorted({key for _, key in FIELDS} | {"options", "trust_remote_code"})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([*sorted(keys(PipelineSpec)), "source", "base"])
@@ -96,7 +100,7 @@ def test_random_tables_give_a_sound_spec_or_the_spec_error(tables: dict[Any, Any
     assert spec is None or PipelineSpec.load(spec.to_dict()) == spec
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES // 3, deadline=None)
 @given(
     st.lists(st.text(max_size=40) | st.sampled_from(["vae.strategy=", "call.x=1", "model.id=b"]), max_size=3)
 )

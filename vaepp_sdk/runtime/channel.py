@@ -7,6 +7,7 @@ parent from watching the others.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ class RankChannel:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -86,6 +88,8 @@ class RankChannel:
             RunError: it is too long.
             OSError: the parent is gone.
         """
+        if os.getpid() != self._owner:
+            os._exit(1)  # a fork of this rank that went on with its work: it must not answer in its place
         data = encode(message)
         with self._lock:
             self._end.sendall(data)

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Mapping
 
 import attrs
 
 from vaepp_sdk.errors import Fault, SpecError, UserError
+from vaepp_sdk.runtime.voice import complain
 
 __all__ = ["Launch", "check_size", "end_with_launcher", "find_launch"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _PR_SET_PDEATHSIG = 1
+_TURN = 0.5
 
 
+@functools.cache
 def end_with_launcher() -> None:
-    """Let the kernel kill this process when the launcher is gone: a killed launcher leaves its ranks alive.
+    """End this process when its launcher is gone: a launcher that is killed leaves its ranks alive.
 
-    To be called before anything that takes long is imported. Linux only; elsewhere nothing happens.
+    Linux only. No signal handler is touched. Where SIGHUP is ignored, as under nohup, this process is meant
+    to outlive who started it, and nothing happens. To be called before what takes long to import.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return
     launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        threading.Thread(target=_end_after, args=[launcher], name="vaepp-launcher-watch", daemon=True).start()
+        return
+    # The kernel goes by the thread that started this process: torchrun's lasts as long as its ranks, and of
+    # other launchers nobody knows.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it was gone before the kernel was asked
+    if os.getppid() != launcher or _agent_is_gone(os.environ):
         os._exit(1)
+
+
+def _end_after(launcher: int) -> None:
+    """End this process once another has become its parent."""
+    while os.getppid() == launcher:
+        time.sleep(_TURN)
+    with contextlib.suppress(OSError, ValueError):  # stderr may have gone with the launcher
+        complain("ended with its launcher; a rank that is to go on alone is started with nohup")
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _agent_is_gone(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun ended before this process could tell who its parent was.
+
+    Its agent's store listens from before the ranks start until the job is over.
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        socket.create_connection(address, timeout=_TURN).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):
+        return False  # joining will tell what is wrong
+    return False
 
 
 @attrs.frozen(kw_only=True)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,7 @@ from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.records import ErrorRecord, alike
-from vaepp_sdk.runtime.voice import tell
+from vaepp_sdk.runtime.voice import hush, tell
 from vaepp_sdk.runtime.watchdog import Watchdog
 from vaepp_sdk.runtime.work import Answer, RankWork, Seat
 
@@ -34,6 +35,9 @@ alike, and what a peer caused is best told in the peer's words."""
 
 _ALIKE_GRACE = 1.0
 """How long a rank whose check failed waits for the others to fail alike."""
+
+_BOOT_SLACK = 2.0
+"""How much later than a rank that names who has not come one that cannot do so ends itself."""
 
 
 class JoinedRank:
@@ -63,8 +67,8 @@ class JoinedRank:
             RankError: a rank failed.
         """
         work: RankWork = load_object(self._job.target, "the runtime")(self._seat())
-        with self._limit("boot"):
-            work.join()
+        with self._limit("boot", _BOOT_SLACK):
+            self._join(work)
         self._work = work
         self._board = Board(self._launch.rank, self._launch.world_size)
         self._stage = "load"
@@ -97,6 +101,12 @@ class JoinedRank:
         if work is not None and not now:
             work.close()
 
+    def _join(self, work: RankWork) -> None:
+        try:
+            work.join()
+        except RuntimeError as error:  # the backend's: it has no class of its own
+            raise ErrorRecord.of(error, self._launch.rank, self._stage).error() from error
+
     def _seat(self) -> Seat:
         return Seat(
             rank=self._launch.rank,
@@ -105,6 +115,7 @@ class JoinedRank:
             local_size=self._launch.local_size,
             payload=self._job.payload,
             timeout=timedelta(seconds=self._job.limits.exchange),
+            boot=timedelta(seconds=self._job.limits.boot),
             observer=self._observe,
         )
 
@@ -132,6 +143,10 @@ class JoinedRank:
             answer = work()
         except Exception as error:
             raise self._failure(name, error) from error
+        except BaseException:  # a signal: launchers send it once another rank has failed
+            if self._neighbours_said(name):
+                hush()
+            raise
         self._board.post(name, {"value": dict(answer.value)})
         found = self._board.read(name, self._job.limits.exchange)
         records = _records(found)
@@ -165,10 +180,20 @@ class JoinedRank:
         cause = f"a rank or a node is gone or stuck, which its launcher may explain ({_plain(mine)})"
         return PeerError(mine.rank, peers, f"stage {mine.stage}", cause)
 
+    def _neighbours_said(self, name: str, since: float = 0.0) -> bool:
+        """Whether another rank of this machine has told of a failure, at least so many seconds ago."""
+        first = self._launch.rank - self._launch.local_rank
+        neighbours = set(range(first, first + self._launch.local_size)) - {self._launch.rank}
+        records = list[ErrorRecord]()
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            records = _records(self._board.read(name, 0.0))
+        latest = time.monotonic_ns() - since * 1e9
+        return any(one.rank in neighbours and one.time < latest for one in records)
+
     @contextlib.contextmanager
-    def _limit(self, phase: str) -> Iterator[None]:
+    def _limit(self, phase: str, slack: float = 0.0) -> Iterator[None]:
         """End this process when a phase takes longer than its limit: there is no parent that would."""
-        timer = threading.Timer(getattr(self._job.limits, phase), self._give_up, [phase])
+        timer = threading.Timer(getattr(self._job.limits, phase) + slack, self._give_up, [phase])
         timer.daemon = True
         timer.start()
         try:
@@ -180,17 +205,21 @@ class JoinedRank:
         """End this process, whose work stands still: its peers may wait for it for hours."""
         error = RankError(self._launch.rank, self._stage, what)
         record = ErrorRecord.of(error, self._launch.rank, self._stage)
+        name = f"answer {self._runs}"
+        # A peer that waited for less than its grace will find these words and say them as its own.
+        said = self._neighbours_said(name, _GRACE["peer"])
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            self._board.post(f"answer {self._runs}", {"record": record.to_dict()})
-        faulthandler.dump_traceback(sys.stderr)
-        tell(str(error))
+            self._board.post(name, {"record": record.to_dict()})
+        if not said:
+            faulthandler.dump_traceback(sys.stderr)
+            tell(str(error))
         sys.stderr.flush()
         os._exit(1)
 
     def _give_up(self, phase: str) -> None:
         limit = getattr(self._job.limits, phase)
-        print(f"vaepp: rank {self._launch.rank}: [limits] {phase} = {limit:g} s is over", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr)
+        tell(f"[limits] {phase} = {limit:g} s is over in stage {self._stage}")
         sys.stderr.flush()
         os._exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import queue
@@ -51,8 +52,7 @@ def serve(control: socket.socket, boot: Mapping[str, Any]) -> int:
         _Rank(boot, channel, slot).live(inbox)
     except BaseException as error:  # SystemExit included: work that leaves early has failed
         record = ErrorRecord.of(error, boot["rank"], slot.read().stage)
-        print(record.trace, file=sys.stderr)
-        write_record(record, Path(boot["error"]))
+        _leave_word(record, boot, channel)
         _leave_at_once(1)
     slot.finish()
     return 0
@@ -71,11 +71,27 @@ def _watch(channel: RankChannel) -> queue.SimpleQueue[Message]:
     return inbox
 
 
+def _leave_word(record: ErrorRecord, boot: Mapping[str, Any], channel: RankChannel) -> None:
+    """Leave this rank's failure in its file, or send it where the disk is full, and in its log."""
+    try:
+        write_record(record, Path(boot["error"]))
+    except OSError:
+        with contextlib.suppress(OSError):
+            channel.send({"kind": "failed", "record": record.to_dict()})
+    _print_to_log(record.trace)
+
+
+def _print_to_log(text: str) -> None:
+    """Print where others read, if that can be: the disk may be full, and work may have closed the stream."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def _leave_at_once(code: int) -> None:
     """End without finalizers: they may wait for ranks that are gone."""
-    streams: tuple[TextIO, ...] = (sys.stdout, sys.stderr)
-    for stream in streams:
-        stream.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)
 
 
@@ -126,7 +142,7 @@ class _Rank:
         except RankError as error:
             if not error.harmless:
                 raise
-            traceback.print_exception(error)  # in this rank's log
+            _print_to_log("".join(traceback.format_exception(error)))
             self._refuse(error)
             return
         headers = write_pictures(self._pictures_fd, answer.pictures)
@@ -157,7 +173,8 @@ class _Rank:
         line: str | None = None,
     ) -> None:
         """Send vaepp's own warnings to the parent; the rest stay in this rank's log."""
+        del file
         if issubclass(category, VaeppWarning):
             self._channel.send({"kind": "warning", "text": str(message)})
         else:
-            print(warnings.formatwarning(message, category, filename, lineno, line), file=file or sys.stderr)
+            _print_to_log(warnings.formatwarning(message, category, filename, lineno, line))

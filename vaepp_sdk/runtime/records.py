@@ -23,7 +23,7 @@ from vaepp_sdk.errors import (
     UserError,
     VaeppError,
 )
-from vaepp_sdk.text import clean
+from vaepp_sdk.text import clean, message_of
 
 __all__ = ["ErrorRecord", "alike", "one_line", "read_record", "write_record"]
 
@@ -33,6 +33,7 @@ _PEER_WORDS = re.compile(
     r"socket .*(closed|failed)|recvvalue failed",
     re.IGNORECASE,
 )
+_MAX_TRACE = 100_000
 _USER_ERRORS: dict[str, type[UserError]] = {
     "OutputError": OutputError,
     "UnsupportedError": UnsupportedError,
@@ -64,8 +65,7 @@ class ErrorRecord:
     @classmethod
     def of(cls, error: BaseException, rank: int, stage: str) -> ErrorRecord:
         """Describe an exception."""
-        trace = "".join(traceback.format_exception(error))
-        name, message = type(error).__name__, str(error)
+        name, message = type(error).__name__, message_of(error)
         if isinstance(error, RankError):  # it says already where it happened
             stage = error.stage
             name, _, message = error.cause.partition(": ")
@@ -75,7 +75,7 @@ class ErrorRecord:
             kind=_kind(error),
             name=name,
             message=message,
-            trace=trace,
+            trace=_trace(error),
             time=time.monotonic_ns(),
         )
 
@@ -130,15 +130,29 @@ def read_record(path: Path) -> ErrorRecord | None:
         return None
 
 
+def _trace(error: BaseException) -> str:
+    """A traceback of bounded length: its beginning and its end."""
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:
+        return "(its traceback cannot be shown)"
+    left_out = len(trace) - _MAX_TRACE
+    if left_out <= 0:
+        return trace
+    return f"{trace[: _MAX_TRACE // 2]}\n... ({left_out} characters) ...\n{trace[-_MAX_TRACE // 2 :]}"
+
+
 def _kind(error: BaseException) -> str:
     """Whose failure it is. A peer's is told by type where torch has one, else by gloo's and NCCL's words."""
     if isinstance(error, UserError):
         return "user"
     chain: BaseException | None = error
-    while chain is not None:
+    seen = set[int]()
+    while chain is not None and id(chain) not in seen:  # a chain may lead back to itself
+        seen.add(id(chain))
         if isinstance(chain, PeerError) or type(chain).__name__ in _PEER_TYPES:
             return "peer"
-        if isinstance(chain, RuntimeError) and _PEER_WORDS.search(str(chain)):
+        if isinstance(chain, RuntimeError) and _PEER_WORDS.search(message_of(chain)):
             return "peer"
         chain = chain.__cause__ or chain.__context__
     return "own"

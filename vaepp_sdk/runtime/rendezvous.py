@@ -7,10 +7,12 @@ import socket
 from typing import TYPE_CHECKING
 
 from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.runtime.rollcall import launchers_store, take_seat
 from vaepp_sdk.runtime.work import Seat
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["join", "leave", "listen", "pick_device"]
 
@@ -61,6 +63,9 @@ def join(seat: Seat, device: torch.device) -> bool:
 
     Returns:
         Whether a group was made, for `leave` to take down; one that was there before stays.
+
+    Raises:
+        RunError: under a launcher, not every rank is there exactly once.
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
@@ -71,8 +76,10 @@ def join(seat: Seat, device: torch.device) -> bool:
     device_id = device if device.type == "cuda" else None
     if seat.local_size == seat.world_size:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = None
-    if seat.port is not None:
+    if seat.port is None:
+        store: Store = launchers_store(seat, os.environ)
+        take_seat(store, seat)
+    else:
         store = TCPStore(
             _LOOPBACK,
             seat.port,

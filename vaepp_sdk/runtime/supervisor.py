@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vaepp_sdk.errors import RunError, UserError, VaeppError
@@ -33,6 +34,7 @@ from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
 __all__ = ["Supervisor"]
 
 _TURN = 0.25
+_TAIL = 2**16
 _EVIDENCE_TIME, _EVIDENCE_TURN = 0.5, 0.05
 _CLOSE_LIMIT = 10.0
 _REFUSAL_GRACE, _CHECK_GRACE = 5.0, 1.0
@@ -49,6 +51,7 @@ class Supervisor:
         self._job = job
         self._ranks: list[RankProcess] = []
         self._answers: dict[int, Message] = {}
+        self._failures: dict[int, ErrorRecord] = {}
         self._trigger: Trigger | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ear, self._bell = socket.socketpair()
@@ -203,6 +206,8 @@ class Supervisor:
                 self._answers[rank.rank] = message
                 if len(self._answers) == len(self._ranks):
                     self._settle()
+            case "failed":
+                self._failures[rank.rank] = ErrorRecord(**message["record"])
             case kind:
                 raise RunError(f"unknown kind {kind!r}")
 
@@ -320,7 +325,7 @@ class Supervisor:
         return rank.ending() is not None or self._folder.error(rank.rank).exists()
 
     def _evidence(self, rank: RankProcess) -> Evidence:
-        record = read_record(self._folder.error(rank.rank))
+        record = read_record(self._folder.error(rank.rank)) or self._failures.get(rank.rank)
         answer = self._answers.get(rank.rank)
         if record is None and answer and answer["kind"] == "refused":
             record = ErrorRecord(**answer["record"])
@@ -330,7 +335,7 @@ class Supervisor:
             beat=rank.slot.read(),
             record=record,
             ending=rank.ending(),
-            last_line=_last_line(self._folder.log(rank.rank).read_text(errors="replace")),
+            last_line=_last_line(self._folder.log(rank.rank)),
         )
 
     def _release(self) -> None:
@@ -355,6 +360,11 @@ def _harms_nobody(refusals: Sequence[ErrorRecord]) -> bool:
     return all(one.stage in ("save", "call") for one in refusals)
 
 
-def _last_line(text: str) -> str:
+def _last_line(log: Path) -> str:
+    """The last line of a log, which may be of any length, or gone."""
+    text = ""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        text = file.read(_TAIL).decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     return one_line(lines[-1], 160) if lines else ""

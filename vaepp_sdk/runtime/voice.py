@@ -6,15 +6,17 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 import time
 
 from vaepp_sdk.text import clean
 
-__all__ = ["complain", "first_to_say", "safe", "tell"]
+__all__ = ["complain", "first_to_say", "hush", "safe", "tell"]
 
 _LINE = 2000
 _LINGER = 2.0
 _SAID: list[socket.socket] = []
+_HUSHED = threading.Event()
 
 
 def safe(text: str) -> str:
@@ -27,6 +29,8 @@ def first_to_say(message: str) -> bool:
 
     The first holds the message's name until it exits, so it must not exit before the others have come here.
     """
+    if _HUSHED.is_set():
+        return False
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or sys.platform != "linux":
         return True
     job = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
@@ -39,6 +43,11 @@ def first_to_say(message: str) -> bool:
         return False
     _SAID.append(name)
     return True
+
+
+def hush() -> None:
+    """Leave it to another rank of this machine, which has said why the job ends."""
+    _HUSHED.set()
 
 
 def complain(message: str, *notes: str) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
+from vaepp_sdk.spec.classes import LimitsSpec
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -29,6 +31,7 @@ class Seat:
         local_size: how many those are.
         payload: what the work is about, plain data, the same on every rank.
         timeout: the limit of one wait for another rank.
+        boot: how long ranks that a launcher starts may take to come.
         observer: told of stages and steps.
         port: where rank 0's store listens on the loopback interface; None where a launcher has said so.
         listen_fd: the listening socket, on rank 0, handed over by the parent.
@@ -41,6 +44,7 @@ class Seat:
     payload: Mapping[str, Any]
     timeout: timedelta
     observer: Observer
+    boot: timedelta = timedelta(seconds=LimitsSpec().boot)
     port: int | None = None
     listen_fd: int | None = None
 

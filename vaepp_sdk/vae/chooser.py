@@ -62,6 +62,15 @@ class StrategyChooser:
         names = self.allowed if self.name == AUTO else (self.name,)
         return any(self.registry.strategy(name).uses_tiling for name in names)
 
+    def check(self, adapter: VaeAdapter) -> None:
+        """Let a strategy that was named refuse the VAE now, and not at the first call.
+
+        Raises:
+            UnsupportedError: the VAE cannot be run so; on every rank alike.
+        """
+        if self.name != AUTO:
+            self._strategy(Rung(self.name, self.options), adapter)
+
     def plan(self, adapter: VaeAdapter, facts: VaeFacts, work: Work) -> tuple[Strategy[Any], WorkPlan]:
         """The strategy and its plan for one piece of work; planned once per facts and work.
 
