@@ -272,6 +272,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two stages and two signals")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", default="", help="faults whose name holds this text")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--repeat", type=int, default=1, help="run each so many times")
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vaepp-faults-") as folder:
@@ -279,8 +281,8 @@ def main() -> None:
         bench.prepare()
         print_line({name: name for name in _WIDTHS}, _WIDTHS)
         rows = []
-        for case in cases(arguments.quick, arguments.ranks):
-            if arguments.only in case[0]:
+        for case in cases(arguments.quick, arguments.ranks) * arguments.repeat:
+            if arguments.only in case[0] and case[1] in arguments.stages:
                 rows.append(bench.run(*case))
                 print_line(attrs.asdict(rows[-1]), _WIDTHS)
     missed = sum(bool(row.misses) for row in rows)

@@ -1,7 +1,8 @@
 """Faults while ranks start, and under torchrun: `make starts`, or `python -m benchmarks.starts`.
 
 Ranks of a small Z-Image checkpoint are started by hand, as a launcher would: one never comes, one believes in
-a job of another size, one is there twice, the port is a stranger's. Then torchrun starts them, alone or as
+a job of another size, one is there twice, the port is a stranger's; or one has another spec, version or set
+of plugins. Then torchrun starts them, alone or as
 two agents, and a rank is killed, stuck, or raises. Exits with 1 where a row misses a goal: the cause named,
 exit codes that are not 0, all processes gone within 10 s (after the limit, where somebody is waited for), one
 voice, and no picture.
@@ -10,6 +11,7 @@ voice, and no picture.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import socket
 import subprocess
@@ -30,6 +32,9 @@ from benchmarks.report import environment, write
 BOOT, EXCHANGE, GONE = 10.0, 10.0, 10.0
 LIMITS = {"boot": BOOT, "load": 300.0, "request": 300.0, "exchange": EXCHANGE, "decode": 5.0}
 
+OTHER_VERSION = "other-version"
+"""A folder of the run's that makes another version of vaepp of this one."""
+
 Place = tuple[int, int]
 """`RANK` and `WORLD_SIZE` of one process."""
 
@@ -45,6 +50,8 @@ class Case:
         ranks: as many as the spec asks for.
         stranger: whether another program listens at the port.
         agents: of torchrun.
+        overrides: rank 1's own, as `--set` takes them.
+        variables: rank 1's own.
         fault: what the plugin injects into rank 1 in `decode`, if anything.
         waits: how long a limit makes the others wait, in seconds.
     """
@@ -55,6 +62,8 @@ class Case:
     ranks: int = 2
     stranger: bool = False
     agents: int = 1
+    overrides: Sequence[str] = ()
+    variables: Mapping[str, str] = attrs.field(factory=dict)
     fault: str = ""
     waits: float = 0.0
 
@@ -84,6 +93,30 @@ CASES = (
         places=[(0, 2), (1, 2)],
         stranger=True,
         waits=BOOT,
+    ),
+    Case(
+        name="another seed on rank 1",
+        words=r"do not agree before loading: call.* on rank 0 and .* on rank 1",
+        places=[(0, 2), (1, 2)],
+        overrides=["call.seed=9"],
+    ),
+    Case(
+        name="another dtype on rank 1",
+        words=r'model.dtype is "float32" on rank 0 and "bfloat16" on rank 1',
+        places=[(0, 2), (1, 2)],
+        overrides=["model.dtype=bfloat16"],
+    ),
+    Case(
+        name="another vaepp on rank 1",
+        words=r"the software is .* on rank 0 and vaepp 9.9.* on rank 1",
+        places=[(0, 2), (1, 2)],
+        variables={"PYTHONPATH": OTHER_VERSION},
+    ),
+    Case(
+        name="a plugin less on rank 1",
+        words=r"plugin wan is .* on rank 0 and not there on rank 1",
+        places=[(0, 2), (1, 2)],
+        variables={"VAEPP_PLUGINS_BLOCK": "wan"},
     ),
     Case(name="torchrun, rank 1 killed", words=r"Signal 9 \(SIGKILL\)", fault="KILL"),
     Case(name="torchrun, rank 1 raises", words=r"rank 1 failed in stage decode: ValueError", fault="raise"),
@@ -142,6 +175,9 @@ class Starts:
     def measure(self) -> None:
         """See that a whole job works, and how long its ranks take to join."""
         self.bench.prepare()
+        other = self.bench.folder / OTHER_VERSION
+        other.mkdir()
+        (other / "sitecustomize.py").write_text("import vaepp_sdk\n\nvaepp_sdk.__version__ = '9.9'\n")
         began, stages = time.monotonic(), self.bench.folder / "stages"
         stages.mkdir()
         whole = Case(name="none", words="", places=[(0, 2), (1, 2)])
@@ -190,12 +226,33 @@ class Starts:
             return [_popen(agent, shared) for _ in range(case.agents)]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return [
-            _popen(command, {**shared, **address, "RANK": str(rank), "WORLD_SIZE": str(size)})
+            _popen(
+                [*command, *(_own(case) if rank == 1 else ())],
+                {
+                    **shared,
+                    **address,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(size),
+                    **(self._variables(case) if rank == 1 else {}),
+                },
+            )
             for rank, size in case.places
         ]
 
+    def _variables(self, case: Case) -> dict[str, str]:
+        """Rank 1's own; a path is one more, below the folder of the run."""
+        found = dict(case.variables)
+        if "PYTHONPATH" in found:
+            own = str(self.bench.folder / found["PYTHONPATH"])
+            found["PYTHONPATH"] = os.pathsep.join([own, self.bench.path])
+        return found
+
     def _pictures(self) -> set[Path]:
         return set((self.bench.folder / "out").glob("*.png"))
+
+
+def _own(case: Case) -> list[str]:
+    return [word for override in case.overrides for word in ("--set", override)]
 
 
 _VOICE = re.compile(r"^vaepp-run: (?!warning)", re.MULTILINE)
