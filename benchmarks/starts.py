@@ -255,7 +255,7 @@ def _own(case: Case) -> list[str]:
     return [word for override in case.overrides for word in ("--set", override)]
 
 
-_VOICE = re.compile(r"^vaepp-run: (?!warning)", re.MULTILINE)
+_VOICE = re.compile(r"^vaepp-run: (?!(?:rank \d+: )?warning)", re.MULTILINE)
 
 
 def _popen(command: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:

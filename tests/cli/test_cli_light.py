@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -187,6 +188,11 @@ def test_under_torchrun_another_size_is_refused(spec: str, tmp_path: Path) -> No
     assert done.stderr.count("vaepp-run: ") == 1, "two ranks, one voice"
 
 
+def voices(stderr: str) -> int:
+    """How often ranks have said something that is no warning."""
+    return len(re.findall(r"^vaepp-run: (?!(?:rank \d+: )?warning)", stderr, re.MULTILINE))
+
+
 def test_under_torchrun_the_others_name_a_rank_that_is_stuck(spec: str, tmp_path: Path) -> None:
     fault = json.dumps({"kind": "sleep", "rank": 1, "stage": "decode"})
     done = torchrun(spec, 2, tmp_path, "--set", "limits.exchange=4", "--quiet", VAEPP_TEST_FAULT=fault)
@@ -194,6 +200,7 @@ def test_under_torchrun_the_others_name_a_rank_that_is_stuck(spec: str, tmp_path
     assert (
         "vaepp-run: rank 0 waited for rank 1 (stage decode): a rank or a node is gone or stuck" in done.stderr
     )
+    assert voices(done.stderr) == 1
 
 
 def test_under_torchrun_a_rank_that_does_not_come_further_says_so(spec: str, tmp_path: Path) -> None:
@@ -202,6 +209,7 @@ def test_under_torchrun_a_rank_that_does_not_come_further_says_so(spec: str, tmp
     assert done.returncode != 0
     words = "rank 1 failed in stage decode: it runs and does not come further at step 2 of 2; no step for 2 s"
     assert f"vaepp-run: {words} ([limits] decode)" in done.stderr
+    assert voices(done.stderr) == 1
 
 
 def kept_latents(folder: Path) -> Path:
