@@ -62,6 +62,12 @@ def test_the_folder_of_a_process_that_was_killed_is_removed_by_the_next(
     assert list(tmp_path.iterdir()) == [kept.path]
 
 
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nothing")
+    with pytest.raises(OutputError, match=r"logs of ranks cannot be written .*name another one in TMPDIR"):
+        RunFolder.create()
+
+
 def test_a_rank_whose_parent_is_gone_already_ends_at_once() -> None:
     """The kernel tells of a parent's death only those that asked before it."""
     ours, theirs = socket.socketpair()

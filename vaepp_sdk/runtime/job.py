@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 
+from vaepp_sdk.errors import OutputError
 from vaepp_sdk.spec.classes import LimitsSpec
 
 __all__ = ["Job", "RunFolder"]
@@ -50,7 +51,22 @@ class RunFolder:
 
     @classmethod
     def create(cls) -> RunFolder:
-        """Make a new one under the system's folder for temporary files."""
+        """Make a new one under the system's folder for temporary files.
+
+        Raises:
+            OutputError: nothing can be written there.
+        """
+        try:
+            return cls._made()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(
+                f"the logs of ranks cannot be written to the folder for temporary files: {reason}; "
+                "make room there, or name another one in TMPDIR"
+            ) from error
+
+    @classmethod
+    def _made(cls) -> RunFolder:
         parent = Path(tempfile.gettempdir())
         _sweep(parent)
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))
