@@ -188,6 +188,8 @@ class Supervisor:
             more = False
         if not more:
             self._selector.unregister(rank.channel)
+            if self._closing_since is None:
+                self._suspect(rank, "it no longer hears its parent")
 
     def _take(self, rank: RankProcess, message: Message) -> None:
         match message["kind"]:
