@@ -19,7 +19,16 @@ import attrs
 from vaepp_sdk.errors import UserError
 from vaepp_sdk.text import clean
 
-__all__ = ["FORMAT", "KeptFile", "KeptRun", "differing_keys", "holds_latents", "remove_run", "settings_of"]
+__all__ = [
+    "FORMAT",
+    "KeptFile",
+    "KeptRun",
+    "differing_keys",
+    "holds_latents",
+    "remove_run",
+    "resume_notes",
+    "settings_of",
+]
 
 FORMAT = 1
 """The version of what the header says."""
@@ -95,6 +104,13 @@ class KeptRun:
 def holds_latents(folder: Path) -> bool:
     """Whether a run's folder has any."""
     return any(folder.glob(_FILES))
+
+
+def resume_notes(folder: Path | None) -> list[str]:
+    """The command that goes on from a run's latents, where there are any."""
+    if folder is None or not holds_latents(folder):
+        return []
+    return [f"the latents are kept; go on from them with: vaepp-run --resume {folder}"]
 
 
 def remove_run(folder: Path) -> None:

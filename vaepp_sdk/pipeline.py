@@ -13,7 +13,7 @@ import attrs
 
 from vaepp_sdk.errors import VaeppWarning
 from vaepp_sdk.events import LatentsKept, StageEnd
-from vaepp_sdk.kept import KeptRun, holds_latents, remove_run
+from vaepp_sdk.kept import KeptRun, remove_run, resume_notes
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.request import Request, make_request
 from vaepp_sdk.resolve import Resolved, resolve
@@ -212,9 +212,8 @@ class Pipeline:
         try:
             return self._result(self._engine.run(request.to_dict()))
         except BaseException as error:  # a signal that ends this process costs no denoising either
-            folder = self._ear.folder
-            if folder is not None and holds_latents(folder):
-                error.add_note(f"the latents are kept; go on from them with: vaepp-run --resume {folder}")
+            for note in resume_notes(self._ear.folder):
+                error.add_note(note)
             raise
 
     def _settled(self, result: Result) -> Result:

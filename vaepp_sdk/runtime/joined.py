@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.errors import AgreementError, PeerError, RankError, RunError, UserError
 from vaepp_sdk.events import LatentsKept, Progress, StageStart
+from vaepp_sdk.kept import resume_notes
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
@@ -55,6 +57,7 @@ class JoinedRank:
         self._on_event = on_event
         self._stage = "boot"
         self._runs = 0
+        self._kept: Path | None = None
         self._watchdog = Watchdog(job.limits, self._stuck)
         self._work: RankWork | None = None
         self._board: Board
@@ -88,6 +91,7 @@ class JoinedRank:
         if work is None:
             raise RunError("this rank has left its job")
         self._runs += 1
+        self._kept = None
         self._stage = "request"
         self._watchdog.enter("request")
         with self._limit("request"), self._watchdog.watching():
@@ -120,7 +124,9 @@ class JoinedRank:
         )
 
     def _observe(self, event: Event) -> None:
-        if isinstance(event, StageStart):
+        if isinstance(event, LatentsKept):
+            self._kept = Path(event.folder)
+        elif isinstance(event, StageStart):
             self._stage = event.stage
             self._watchdog.enter(event.stage)
         elif isinstance(event, Progress):
@@ -168,6 +174,8 @@ class JoinedRank:
                 return mine.refusal()
             first = records[0]
             if mine.kind == "peer" and first.kind != "peer":
+                if first.rank in self._neighbours:
+                    hush()
                 return first.error()
         if mine.kind == "peer":
             return self._lost(mine, found)
@@ -180,15 +188,19 @@ class JoinedRank:
         cause = f"a rank or a node is gone or stuck, which its launcher may explain ({_plain(mine)})"
         return PeerError(mine.rank, peers, f"stage {mine.stage}", cause)
 
+    @property
+    def _neighbours(self) -> set[int]:
+        """The other ranks of this machine; each tells of its own failure."""
+        first = self._launch.rank - self._launch.local_rank
+        return set(range(first, first + self._launch.local_size)) - {self._launch.rank}
+
     def _neighbours_said(self, name: str, since: float = 0.0) -> bool:
         """Whether another rank of this machine has told of a failure, at least so many seconds ago."""
-        first = self._launch.rank - self._launch.local_rank
-        neighbours = set(range(first, first + self._launch.local_size)) - {self._launch.rank}
         records = list[ErrorRecord]()
         with contextlib.suppress(RuntimeError):  # the store may be gone
             records = _records(self._board.read(name, 0.0))
         latest = time.monotonic_ns() - since * 1e9
-        return any(one.rank in neighbours and one.time < latest for one in records)
+        return any(one.rank in self._neighbours and one.time < latest for one in records)
 
     @contextlib.contextmanager
     def _limit(self, phase: str, slack: float = 0.0) -> Iterator[None]:
@@ -206,13 +218,13 @@ class JoinedRank:
         error = RankError(self._launch.rank, self._stage, what)
         record = ErrorRecord.of(error, self._launch.rank, self._stage)
         name = f"answer {self._runs}"
-        # A peer that waited for less than its grace will find these words and say them as its own.
+        # A peer that has waited for less than its grace will find these words, and leave them to this rank.
         said = self._neighbours_said(name, _GRACE["peer"])
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self._board.post(name, {"record": record.to_dict()})
         if not said:
             faulthandler.dump_traceback(sys.stderr)
-            tell(str(error))
+            tell(str(error), *resume_notes(self._kept))
         sys.stderr.flush()
         os._exit(1)
 

@@ -82,7 +82,8 @@ class ErrorRecord:
     @property
     def cause(self) -> str:
         """The failure in one line."""
-        return one_line(f"{self.name}: {self.message}" if self.message else self.name)
+        said = self.message.strip()
+        return one_line(f"{self.name}: {said}" if said else self.name)
 
     def user_error(self) -> UserError:
         """The user's mistake as an exception to raise in the parent."""
