@@ -30,7 +30,6 @@ def facts(model: Path, *overrides: str) -> dict[str, str]:
         ("model.dtype=bfloat16", 'model.dtype is "float32" on ranks 0, 1 and "bfloat16" on rank 2'),
         ("call.seed=4", '"seed": 3'),
         ("vae.strategy=patch", 'vae.strategy is "auto" on ranks 0, 1 and "patch" on rank 2'),
-        ("limits.exchange=9", "limits.exchange is 600.0 on ranks 0, 1 and 9"),
     ],
 )
 def test_another_spec(override: str, words: str, tiny_model: Path) -> None:

@@ -146,11 +146,10 @@ class JoinedRank:
     def _together(self, name: str, work: Callable[[], Answer]) -> tuple[list[Any], Answer]:
         """Do this rank's part, then see how the others fared: where one fails, all raise its failure."""
         try:
-            answer = work()
-        except Exception as error:
-            raise self._failure(name, error) from error
-        except BaseException:  # a signal: launchers send it once another rank has failed
-            if self._neighbours_said(name):
+            answer = self._done(name, work)
+        except BaseException as error:
+            # A signal: launchers send it once another rank has failed.
+            if not isinstance(error, Exception) and self._neighbours_said(name):
                 hush()
             raise
         self._board.post(name, {"value": dict(answer.value)})
@@ -159,6 +158,12 @@ class JoinedRank:
         if records:
             raise records[0].error()
         return [one["value"] for one in self._board.all_of(found, name)], answer
+
+    def _done(self, name: str, work: Callable[[], Answer]) -> Answer:
+        try:
+            return work()
+        except Exception as error:
+            raise self._failure(name, error) from error
 
     def _failure(self, name: str, error: Exception) -> Exception:
         """What to raise for an error on this rank: its own, or the one of another rank that caused it."""
