@@ -53,7 +53,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "tiny": tiny_autoencoder,
     "dc": lambda dtype, **config: build("AutoencoderDC", dtype, **config),
     "hunyuan image": lambda dtype: build("AutoencoderKLHunyuanImage", dtype),
-    "wan": lambda dtype: clip_vae("AutoencoderKLWan", dtype, width=8),
+    "wan": lambda dtype, width=8: clip_vae("AutoencoderKLWan", dtype, width=width),
     "wan 2.2": lambda dtype: clip_vae("AutoencoderKLWan_22", dtype, width=8),
     "qwen": lambda dtype: clip_vae("AutoencoderKLQwenImage", dtype, width=8),
     "hunyuan": lambda dtype: clip_vae("AutoencoderKLHunyuanVideo", dtype),
@@ -100,7 +100,7 @@ def prepared(case: Case) -> tuple[Any, torch.Tensor]:
 
 def arguments(case: Case) -> dict[str, Any]:
     """What the VAE takes besides its input."""
-    if case.vae == "ltx" and case.direction == "decode":
+    if case.vae == "ltx" and case.direction == "decode" and not case.build:
         return {"temb": torch.linspace(0.02, 0.3, case.batch, dtype=case.dtype)}
     return dict(case.arguments)
 

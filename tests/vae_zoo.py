@@ -118,14 +118,14 @@ def AutoencoderKLHunyuanVideo15() -> Any:
 
 
 @_zoo
-def AutoencoderKLLTXVideo() -> Any:
+def AutoencoderKLLTXVideo(widths: tuple[int, ...] = (8, 8, 8, 8), timestep_conditioning: bool = True) -> Any:
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=4,
         block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=widths,
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
-        timestep_conditioning=True,
+        timestep_conditioning=timestep_conditioning,
     )
     vae.enable_tiling(128, 128, 16, 96, 96, 8)
     vae.use_framewise_encoding = vae.use_framewise_decoding = True

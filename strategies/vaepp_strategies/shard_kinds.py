@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 __all__ = [
+    "ATTENTION",
     "CLIP_CONVOLUTIONS",
     "CLIP_INTERPOLATING",
     "COVERING",
     "FRAME_NORMS",
     "GIVERS",
+    "GUIDED_NORMS",
     "HANDING_BACK",
     "HOLDING_CONVOLUTIONS",
     "INTERPOLATING",
@@ -71,6 +73,17 @@ GIVERS = ("GroupNorm", *PADS)
 
 POSITION_ATTENTION = ("HunyuanVideo15AttnBlock", "QwenImageAttentionBlock", "WanAttentionBlock")
 """Single-head attention after a normalisation that works position by position."""
+
+ATTENTION = (
+    *POSITION_ATTENTION,
+    "Attention",
+    "HunyuanImageAttentionBlock",
+    "SanaMultiscaleLinearAttention",
+)
+"""Layers in which positions read each other."""
+
+GUIDED_NORMS = ("CogVideoXSpatialNorm3D",)
+"""Normalisations that read the latent beside their input."""
 
 MASKED_ATTENTION: Mapping[str, int] = {"HunyuanVideo15AttnBlock": 1, "HunyuanVideoMidBlock3D": 3}
 """Layers whose own code masks all positions by all positions; how many values it holds for each pair at once.

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import attrs
 
 from vaepp_sdk.errors import UnsupportedError
-from vaepp_sdk.vae.facts import Direction, VaeFacts
+from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
-from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
+from vaepp_strategies.shard_frames import over_frames, traced
 from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
@@ -95,7 +95,7 @@ def plan_shards(
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
     exchanges = _exchanges(facts, work, times, chained)
     parts = _cut(facts, work, exchanges.shortest_band)
-    front = plan_front(_trace(facts, work.direction), parts, work, repeat, dict(exchanges.given))
+    front = plan_front(traced(facts, work.direction), parts, work, repeat, dict(exchanges.given))
     if front is not None:
         exchanges = with_front(exchanges, front)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
@@ -120,34 +120,15 @@ def plan_shards(
 def _exchanges(facts: VaeFacts, work: Work, times: tuple[Span, ...], chained: bool) -> ShardSteps:
     """What the layers exchange; in each window of frames anew."""
     if facts.clip_layers is None:
-        return shard_steps(_trace(facts, work.direction), chained)
-    windows = [
-        _clip_exchanges(facts, work.direction, frames)
-        for frames in [span.length for span in times] or [work.shape[2]]
-    ]
-    return attrs.evolve(windows[0], steps=tuple(step for window in windows for step in window.steps))
-
-
-def _clip_exchanges(facts: VaeFacts, direction: Direction, frames: int) -> ShardSteps:
-    """What the layers exchange in one clip.
-
-    Of a long clip whose class calls the same layers again and again, only the first frames are traced.
-    """
-    assert facts.clip_layers is not None, "the VAE takes clips"
-    enough, chunk = facts.clip_layers.frames(direction)
-    if not chunk or frames <= enough:
-        return shard_steps(_trace(facts, direction, frames))
-    enough += (frames - enough) % chunk  # the first chunk takes what is left over, or it is dropped
-    first, less = (shard_steps(_trace(facts, direction, count)) for count in (enough, enough - chunk))
-    assert first.steps[: len(less.steps)] == less.steps, "a chunk does not depend on those after it"
-    repeated = first.steps[len(less.steps) :] * ((frames - enough) // chunk)
-    return attrs.evolve(first, steps=first.steps + repeated)
-
-
-def _trace(facts: VaeFacts, direction: Direction, frames: int = 0) -> LayerTrace:
-    trace = facts.layers(direction, frames)
-    assert trace is not None, "the layers are known"
-    return trace
+        return shard_steps(traced(facts, work.direction), chained)
+    frames = [span.length for span in times] or [work.shape[2]]
+    first = shard_steps(traced(facts, work.direction, frames[0]))
+    steps = (
+        step
+        for count in frames
+        for step in over_frames(facts, work.direction, count, lambda trace: shard_steps(trace).steps)
+    )
+    return attrs.evolve(first, steps=tuple(steps))
 
 
 def _cut(facts: VaeFacts, work: Work, shortest: int) -> Parts:
@@ -216,7 +197,7 @@ def _positions(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> in
 
 
 def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wanted: RowBlocks) -> BlockPlan:
-    trace = _trace(facts, work.direction)
+    trace = traced(facts, work.direction)
     steps, given = {step.name: step for step in exchanges.steps}, dict(exchanges.given)
     memories = tuple(
         BandMemory(parts=parts, rank=rank, work=work, steps=steps, given=given)

@@ -113,7 +113,7 @@ def adapter_cost(
     strategy: Any, adapter: Any, direction: Direction, shape: tuple[int, ...], ranks: int, rank: int
 ) -> Cost:
     value = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    work = _work(direction, shape, ranks)
+    work = work_on(direction, shape, ranks)
     plan = strategy.plan(adapter.facts(), work)
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     run = strategy.decode if direction == "decode" else strategy.encode
@@ -128,10 +128,10 @@ def adapter_cost(
 
 
 def work_of(direction: Direction, pixels: int, ranks: int) -> Work:
-    return _work(direction, _shape(direction, pixels), ranks)
+    return work_on(direction, _shape(direction, pixels), ranks)
 
 
-def _work(direction: Direction, shape: tuple[int, ...], ranks: int) -> Work:
+def work_on(direction: Direction, shape: tuple[int, ...], ranks: int) -> Work:
     return Work(
         direction=direction,
         shape=shape,

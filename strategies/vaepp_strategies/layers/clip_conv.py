@@ -26,7 +26,7 @@ from vaepp_strategies.layers.conv import convolve_band, last_rows
 from vaepp_strategies.layers.joined import nearest_rows
 from vaepp_strategies.layers.reach import NO_ROWS, SHORT_BAND, Reach, Window
 
-__all__ = ["CLIP_LAYERS", "ClipConvolution", "band_clip_convolution", "clip_convolution"]
+__all__ = ["CLIP_LAYERS", "ClipConvolution", "FrameMemory", "band_clip_convolution", "clip_convolution"]
 
 
 @attrs.frozen(eq=False)
@@ -186,8 +186,8 @@ def clip_convolution(layer: nn.Module) -> ClipConvolution:
 
 
 @attrs.define(eq=False)
-class _Memory:
-    """A neighbour's rows of the last frames that a layer was given, for the length of one decode or encode.
+class FrameMemory:
+    """What peers sent of the last frames that a layer was given, for the length of one decode or encode.
 
     A later call that is given those frames again needs no message for them.
 
@@ -205,11 +205,16 @@ class _Memory:
         joined = rows
         if self.take:
             assert self._last is not None, "earlier frames were seen"
-            joined = torch.cat([self._last[:, :, -self.take :], rows], dim=2)
+            joined = torch.cat([self._taken(self._last), rows], dim=2)
         if self.keep:
             known = joined if self._last is None else torch.cat([self._last, rows], dim=2)
             self._last = known[:, :, -self.keep :].clone()
         return joined
+
+    def _taken(self, last: torch.Tensor) -> torch.Tensor:
+        """The frames that are taken; classes put zeros in place of those that never were."""
+        missing = self.take - last.shape[2]
+        return last[:, :, -self.take :] if missing <= 0 else F.pad(last, (0, 0, 0, 0, missing, 0))
 
 
 def band_clip_convolution(
@@ -229,7 +234,7 @@ def band_clip_convolution(
     plain, axis = clip_convolution(layer), bands.axis
     window, own = plain.window(axis), type(layer).forward
     keep = plain.time[0] if plain.further == "earlier" else 0
-    above, below = _Memory(keep), _Memory(keep)
+    above, below = FrameMemory(keep), FrameMemory(keep)
 
     def forward(values: torch.Tensor, *args: Any, **named: Any) -> Any:
         halo = bands.carried(values) or bands.fetch(values, window.reach + give, name)

@@ -36,44 +36,39 @@ class KernelCheck:
     unchecked: list[str] = attrs.field(factory=list)
     _seen: set[tuple[Any, ...]] = attrs.field(factory=set)
 
-    def band(
+    def rows(
         self,
         name: str,
         layer: nn.Module,
-        own: Callable[..., torch.Tensor],
-        values: torch.Tensor,
-        around: tuple[torch.Tensor | None, torch.Tensor | None],
-        result: torch.Tensor,
+        run: Callable[[torch.Tensor], Any],
+        wide: torch.Tensor,
+        result: Any,
         bands: WholeBands,
         scale: Scale,
     ) -> None:
-        """Check a convolution of a band.
+        """Check a layer that ran on a band and the rows below it.
 
         Args:
             name: the layer's name.
             layer: the layer.
-            own: its own forward.
-            values: the band.
-            around: the rows above and below it.
-            result: what came out for the band.
-            bands: this rank's band; it must be the first one, where whole and band begin at the same row.
-            scale: the resolution of `values`.
+            run: runs its own forward, and cuts the band's rows out of what it returns.
+            wide: the band, the first one, where whole and band begin at the same row; and the rows below it.
+            result: what came out for the band: a tensor, or several of which the first one counts.
+            bands: this rank's band.
+            scale: the resolution of `wide`.
         """
-        axis, rows = bands.axis, values.shape[bands.axis]
+        axis = bands.axis
         whole_rows = sum(bands.parts.core_length(rank, scale) for rank in range(bands.ranks))
-        if not self._due(layer, values, whole_rows):
+        if not self._due(layer, wide, whole_rows):
             return
 
         def compare() -> bool:
-            whole = _zeros(values, axis, whole_rows)
-            whole.narrow(axis, 0, rows).copy_(values)
-            below = around[1]
-            if below is not None:
-                whole.narrow(axis, rows, below.shape[axis]).copy_(below)
-            # The layer's own convolution may be replaced: the class's forward is not.
-            return torch.equal(own(layer, whole).narrow(axis, 0, result.shape[axis]), result)
+            whole = _zeros(wide, wide.dim() + axis, whole_rows)
+            whole.narrow(axis, 0, wide.shape[axis]).copy_(wide)
+            return torch.equal(_tensor(run(whole)), _tensor(result))
 
-        self._note(name, compare, values.numel() // rows * whole_rows * values.element_size(), values.device)
+        nbytes = wide.numel() // wide.shape[axis] * whole_rows * wide.element_size()
+        self._note(name, compare, nbytes, wide.device)
 
     def channels(
         self, name: str, norm: nn.GroupNorm, mine: torch.Tensor, normed: torch.Tensor, first: int
@@ -118,6 +113,11 @@ class KernelCheck:
                 self.failed.append(name)
         except torch.OutOfMemoryError:
             self.unchecked.append(name)
+
+
+def _tensor(result: Any) -> torch.Tensor:
+    found: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return found
 
 
 def _zeros(part: torch.Tensor, axis: int, length: int) -> torch.Tensor:

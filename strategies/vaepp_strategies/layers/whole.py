@@ -1,7 +1,7 @@
-"""Bands that become a whole picture, or whole channels, and bands again; their layout in memory is kept.
+"""Bands that become a whole picture or clip, or whole channels, and bands again, laid out in memory alike.
 
 Kernels differ between contiguous and channels-last tensors, and so do their last bits: what is put together
-here is laid out in memory as the untiled picture would be.
+here is laid out in memory as the untiled one would be.
 """
 
 from __future__ import annotations
@@ -10,75 +10,76 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vaepp_sdk.parallel.view import Recv, Send
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.parts import Scale
 
-__all__ = ["WholeBands", "empty_as"]
+__all__ = ["WholeBands", "axes_in_memory", "empty_as"]
+
+
+def axes_in_memory(values: torch.Tensor) -> list[int]:
+    """The axes of a tensor, the one with the largest steps in memory first."""
+    strides = list(values.stride())
+    return sorted(range(values.dim()), key=lambda axis: (-strides[axis], axis))
 
 
 def empty_as(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """An empty `(batch, channels, rows, columns)` laid out in memory as another one is.
+    """An empty tensor without gaps, whose axes stand in memory in the order of another one's.
 
-    Attention leaves a lone picture's channels last with a batch stride that counts as neither format: for
-    one picture that stride reaches nothing, yet kernels are chosen by it.
+    Attention leaves a lone picture's channels last with a batch stride that counts as neither format: the
+    stride of an axis of length 1 reaches nothing, yet kernels are chosen by it, so it is kept.
+
+    Args:
+        like: a tensor of as many axes.
+        shape: the shape; axes of `like` of length 1 have length 1 here too, where their stride is unusual.
     """
-    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    empty = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)
-    if last and like.shape[0] == 1 and like.stride(0) < like.numel():
-        return empty.as_strided(empty.shape, (empty.shape[1], *empty.stride()[1:]))
-    return empty
+    strides, step, expected = list(like.stride()), 1, 1
+    for axis in reversed(axes_in_memory(like)):
+        if like.shape[axis] == shape[axis] == 1 and like.stride(axis) < expected:
+            continue
+        strides[axis] = step
+        step *= shape[axis]
+        expected *= like.shape[axis]
+    return torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)
 
 
 @attrs.frozen(eq=False)
 class WholeBands(Bands):
-    """One rank's band, and the whole pictures that this rank holds besides."""
-
-    _wholes: WeakIdKeyDictionary = attrs.field(factory=WeakIdKeyDictionary, init=False)
-
-    def keep(self, band: torch.Tensor, whole: torch.Tensor) -> None:
-        """Remember the whole picture that a band is part of, as long as the band lives."""
-        self._wholes[band] = whole
-
-    def kept(self, band: torch.Tensor) -> torch.Tensor:
-        """The whole picture that was kept for a band."""
-        found: torch.Tensor = self._wholes[band]
-        return found
+    """One rank's band, made whole and cut again."""
 
     def own_rows(self, whole: torch.Tensor, scale: Scale) -> torch.Tensor:
-        """A copy of this rank's band of a whole picture."""
-        start, length = self._span(self.group.rank, scale)
-        rows = whole.narrow(self.axis, start, length)
-        return empty_as(whole, rows.shape).copy_(rows)
+        """A copy of this rank's band of a whole picture or clip."""
+        return self.copy_rows(whole, *self.span(self.group.rank, scale))
 
-    def rows_around(
-        self, band: torch.Tensor, scale: Scale, above: int, below: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The rows above and below a band, from the whole kept for it; None at the picture's edges."""
-        whole, (start, length) = self.kept(band), self._span(self.group.rank, scale)
-        first, last = max(0, start - above), min(whole.shape[self.axis], start + length + below)
-        return (
-            whole.narrow(self.axis, first, start - first) if first < start else None,
-            whole.narrow(self.axis, start + length, last - start - length) if last > start + length else None,
-        )
+    def copy_rows(self, values: torch.Tensor, start: int, length: int) -> torch.Tensor:
+        """A copy of some rows, laid out in memory as what they are cut from; all of them are no copy."""
+        if length == values.shape[self.axis]:
+            return values
+        rows = values.narrow(self.axis, start, length)
+        return empty_as(values, rows.shape).copy_(rows)
+
+    def joined_rows(
+        self, band: torch.Tensor, above: torch.Tensor | None, below: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A band and the rows around it in one tensor, laid out in memory as the band is."""
+        parts = [part for part in (above, band, below) if part is not None]
+        return band if len(parts) == 1 else _joined(parts, band.dim() + self.axis, band)
 
     def gather_whole(self, band: torch.Tensor, scale: Scale, what: str) -> torch.Tensor:
-        """The whole picture, from everyone's band.
+        """The whole picture or clip, from everyone's band.
 
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
         lengths = [self.parts.core_length(rank, scale) for rank in range(self.ranks)]
         bands = self.gather(band.contiguous(), lengths, band.dim() + self.axis, what)
-        return _joined(bands, self.axis, band)
+        return _joined(bands, band.dim() + self.axis, band)
 
     def to_channels(
         self, band: torch.Tensor, scale: Scale, shares: Sequence[tuple[int, int]], what: str
     ) -> torch.Tensor:
-        """This rank's share of the channels, through the whole picture, from everyone's band.
+        """This rank's share of the channels, through the whole picture or clip, from everyone's band.
 
         Args:
             band: this rank's band of all channels.
@@ -98,7 +99,7 @@ class WholeBands(Bands):
             return band.new_empty(shape)
 
         received = self._all_to_all(parts, {peer: room(peer) for peer in self._peers}, what)
-        return _joined(received, self.axis, band)
+        return _joined(received, band.dim() + self.axis, band)
 
     def to_bands(
         self,
@@ -111,7 +112,7 @@ class WholeBands(Bands):
         """This rank's band of all channels, from everyone's share of them: undoes `to_channels`.
 
         Args:
-            channels: this rank's share, through the whole picture.
+            channels: this rank's share, through the whole picture or clip.
             like: a tensor of the shape of the result.
             scale: its resolution.
             shares: every rank's first channel and number of channels.
@@ -120,7 +121,7 @@ class WholeBands(Bands):
         Raises:
             PeerError: a rank is gone, or did not answer in time.
         """
-        parts = {peer: channels.narrow(self.axis, *self._span(peer, scale)) for peer in range(self.ranks)}
+        parts = {peer: channels.narrow(self.axis, *self.span(peer, scale)) for peer in range(self.ranks)}
         rooms = {}
         for peer in self._peers:
             shape = list(like.shape)
@@ -128,14 +129,14 @@ class WholeBands(Bands):
             rooms[peer] = like.new_empty(shape)
         return _joined(self._all_to_all(parts, rooms, what), 1, channels)
 
-    @property
-    def _peers(self) -> list[int]:
-        return [peer for peer in range(self.ranks) if peer != self.group.rank]
-
-    def _span(self, rank: int, scale: Scale) -> tuple[int, int]:
+    def span(self, rank: int, scale: Scale) -> tuple[int, int]:
         """A rank's first row and number of rows at a layer's resolution."""
         start = self.parts.rows(self.parts.parts[rank].core_start, scale)
         return start, self.parts.core_length(rank, scale)
+
+    @property
+    def _peers(self) -> list[int]:
+        return [peer for peer in range(self.ranks) if peer != self.group.rank]
 
     def _all_to_all(
         self, parts: dict[int, torch.Tensor], rooms: dict[int, torch.Tensor], what: str
