@@ -32,7 +32,7 @@ class DCAdapter(Adapter):
             use_tiling=self.vae.use_tiling,
             decode_tiles=strided_grid(self.vae, "decode", crops=False),
             encode_tiles=attrs.evolve(strided_grid(self.vae, "encode"), pads=True),
-            peak_values_per_pixel=3.0 * config.decoder_block_out_channels[0],
+            peak_values_per_pixel=7.0 * config.decoder_block_out_channels[0],
             encode_unit=ratio,
             picture_layers=self.picture_layers((config.latent_channels, config.in_channels), ratio),
         )

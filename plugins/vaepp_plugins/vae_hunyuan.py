@@ -35,7 +35,7 @@ class HunyuanImageAdapter(Adapter):
             use_tiling=vae.use_tiling,
             decode_tiles=TileGrid.overlapping(latent, sample, vae.tile_overlap_factor),
             encode_tiles=attrs.evolve(encode, broken=_BROKEN),
-            peak_values_per_pixel=3.0 * config.block_out_channels[0],
+            peak_values_per_pixel=3.5 * config.block_out_channels[0],
             encode_unit=ratio,
             picture_layers=self.picture_layers((config.latent_channels, config.in_channels), ratio),
         )

@@ -223,8 +223,9 @@ def _blending(plan: TilePlan, rank: int) -> int:
 
 
 def _running(plan: TilePlan, facts: VaeFacts, source: Box) -> int:
-    """Live bytes while one tile is decoded or encoded."""
-    return untiled_bytes(facts, attrs.evolve(plan.work, shape=source.shape_in(plan.work.shape)))
+    """Live bytes while one tile is decoded or encoded; of a picture, by the estimate that needs no trace."""
+    work = attrs.evolve(plan.work, shape=source.shape_in(plan.work.shape))
+    return untiled_bytes(facts, work, traced=facts.temporal_ratio > 0)
 
 
 def _landing(plan: TilePlan, rank: int) -> int:

@@ -172,15 +172,16 @@ class TracedMemory:
         return _ROW_COPIES * widest + (_CACHED_FRAMES * sum(sizes.values()) if cached else 0)
 
 
-def untiled_bytes(facts: VaeFacts, work: Work) -> int:
+def untiled_bytes(facts: VaeFacts, work: Work, traced: bool = True) -> int:
     """The most bytes alive while one rank decodes or encodes an input, or one tile of it, in one piece.
 
     Args:
         facts: the VAE. Where its layers are not known, its own estimate has to do.
         work: its shape is the input's.
+        traced: whether its layers may be traced for this, which takes up to seconds.
     """
     rows, columns = work.shape[-2:]
-    if facts.layers(work.direction) is not None:
+    if traced and facts.layers(work.direction) is not None:
         alone = Parts(-2, (Part(0, rows, 0, rows),))
         return TracedMemory(facts=facts, work=work, parts=alone, times=(), steps=()).peak(0)
     pixels = rows * columns * (facts.spatial_ratio**2 if work.direction == "decode" else 1)
