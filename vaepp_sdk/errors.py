@@ -133,17 +133,20 @@ class RankError(RunError):
 
 
 class RequestError(RunError):
-    """A check failed in a stage before ranks exchanged anything there: the request failed, and no rank did.
+    """A request failed where ranks exchanged nothing: it fails alone, and the ranks are ready for others.
 
     Args:
         stage: the stage.
         cause: one line saying what happened there.
+        rank: the one rank where it failed, or None where all ranks say the same.
     """
 
-    def __init__(self, stage: str, cause: str) -> None:
+    def __init__(self, stage: str, cause: str, rank: int | None = None) -> None:
         self.stage = stage
         self.cause = cause
-        super().__init__(f"the request failed in stage {stage}, and the ranks are ready for others: {cause}")
+        self.rank = rank
+        who = "the request" if rank is None else f"rank {rank}"
+        super().__init__(f"{who} failed in stage {stage}, and the ranks are ready for others: {cause}")
 
 
 class PeerError(RunError):

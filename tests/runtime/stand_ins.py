@@ -139,6 +139,8 @@ def _strike(kind: str, rank: int) -> None:
         raise ValueError(f"struck on rank {rank}\nwith a second line")
     if kind == "check":
         raise RankError(rank, "denoise", "no such size", harmless=True)
+    if kind == "check of a file":
+        raise RankError(rank, "save", "no such format", harmless=True)
     if kind == "check apart":
         raise RankError(rank, "denoise", f"no such size on rank {rank}", harmless=True)
     if kind == "refuse":

@@ -176,7 +176,7 @@ class JoinedRank:
             found = self._board.read(name, _ALIKE_GRACE if harmless else _GRACE[mine.kind])
             records = _records(found)
             if harmless and len(records) == self._launch.world_size and alike(records):
-                return mine.refusal()
+                return mine.refusal(alone=False)
             first = records[0]
             if mine.kind == "peer" and first.kind != "peer":
                 if first.rank in self._neighbours:

@@ -97,9 +97,15 @@ class ErrorRecord:
             return AgreementError(self.message)
         return RankError(self.rank, self.stage, self.cause)
 
-    def refusal(self) -> VaeppError:
-        """What failed a request where all ranks say the same: they are ready for the next."""
-        return self.user_error() if self.kind == "user" else RequestError(self.stage, self.cause)
+    def refusal(self, *, alone: bool) -> VaeppError:
+        """What failed a request and no rank: they are ready for the next.
+
+        Args:
+            alone: whether only this rank says so, and not all of them the same.
+        """
+        if self.kind == "user":
+            return self.user_error()
+        return RequestError(self.stage, self.cause, self.rank if alone else None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -223,8 +223,10 @@ class Supervisor:
         refusals = self._refusals()
         if not refusals:
             self.news.put(Answers([one["value"] for one in ordered], pictures))
-        elif (len(refusals) == len(ordered) and alike(refusals)) or _harms_nobody(refusals):
-            self.news.put(Refused(self._refused(refusals[0])))
+        elif len(refusals) == len(ordered) and alike(refusals):
+            self.news.put(Refused(self._refused(refusals[0], alone=False)))
+        elif _harms_nobody(refusals):
+            self.news.put(Refused(self._refused(refusals[0], alone=True)))
         else:
             self._suspect(self._ranks[refusals[0].rank], refusals[0].cause)
 
@@ -233,8 +235,8 @@ class Supervisor:
         answers = (self._answers[rank] for rank in sorted(self._answers))
         return [ErrorRecord(**one["record"]) for one in answers if one["kind"] == "refused"]
 
-    def _refused(self, record: ErrorRecord) -> VaeppError:
-        error = record.refusal()
+    def _refused(self, record: ErrorRecord, *, alone: bool) -> VaeppError:
+        error = record.refusal(alone=alone)
         if not isinstance(error, UserError):
             error.add_note(self._logs())
         return error
