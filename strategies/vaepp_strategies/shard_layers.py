@@ -23,12 +23,16 @@ from torch import nn
 
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.attention import shared_attention
-from vaepp_strategies.layers.band_attention import band_attention, band_attention_block, band_positions
+from vaepp_strategies.layers.band_attention import (
+    band_attention,
+    band_attention_block,
+    band_positions,
+    own_positions,
+)
 from vaepp_strategies.layers.band_norm import band_group_norm, band_pointwise
 from vaepp_strategies.layers.bands import Bands
 from vaepp_strategies.layers.conv import band_convolution
 from vaepp_strategies.layers.doubled import band_doubled_convolution
-from vaepp_strategies.layers.front import FrontRows, front_group_norm, front_positions
 from vaepp_strategies.layers.inspect import KNOWN_LAYERS, Check, unknown_layers
 from vaepp_strategies.layers.linear_attention import band_linear_attention
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
@@ -40,7 +44,6 @@ from vaepp_strategies.layers.resample import (
     band_upsample_block,
 )
 from vaepp_strategies.shard_clip_layers import SHARD_CLIP_LAYERS, check_upsample, clip_forward
-from vaepp_strategies.shard_front import Front
 from vaepp_strategies.shard_plan import ShardPlan
 from vaepp_strategies.shard_steps import ShardStep, padded_by, passes_through, visible_calls, window_of
 
@@ -140,13 +143,8 @@ def band_forwards(
         plan: what layers exchange and give.
     """
     steps, given = {step.name: step for step in plan.steps}, dict(plan.given)
-    found = _front_forwards(vae, bands, plan.front) if plan.front else {}
-    if plan.front and plan.front.doubled:
-        name = plan.front.doubled
-        layer, step = vae.get_submodule(name), steps.get(name)
-        reach, give = NO_ROWS if step is None else step.reach, given.get(f"{name}.conv", NO_ROWS)
-        found[layer] = band_doubled_convolution(layer, bands, reach, name, give)
-    before = (*plan.front.layers, plan.front.attention) if plan.front else ()
+    found = _front_forwards(vae, bands, plan, given) if plan.front else {}
+    before = plan.front.layers if plan.front else ()
     for index, call in visible_calls(trace):
         if call.name in before:
             continue
@@ -204,32 +202,17 @@ def _forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> For
     return None
 
 
-def _front_forwards(vae: nn.Module, bands: Bands, front: Front) -> dict[nn.Module, Forward]:
-    """What layers run on a window of the latent; all but these run there as they are."""
-    rows = _front_rows(bands, front)
+def _front_forwards(
+    vae: nn.Module, bands: Bands, plan: ShardPlan, given: Mapping[str, Reach]
+) -> dict[nn.Module, Forward]:
+    """The attention that ends what runs on the whole picture, and the upsampling that pays for it."""
+    front = plan.front
+    assert front is not None, "the plan says what is repeated"
     attention: Any = vae.get_submodule(front.attention)
-    found: dict[nn.Module, Forward] = {attention: band_attention(attention, front_positions(bands, rows))}
-    if not front.whole:
-        for name in front.layers:
-            layer = vae.get_submodule(name)
-            if isinstance(layer, nn.GroupNorm):
-                found[layer] = front_group_norm(layer, bands, rows)
+    found: dict[nn.Module, Forward] = {attention: band_attention(attention, own_positions(bands))}
+    if front.doubled:
+        reach = next((step.reach for step in plan.steps if step.name == front.doubled), NO_ROWS)
+        give = given.get(f"{front.doubled}.conv", NO_ROWS)
+        layer = vae.get_submodule(front.doubled)
+        found[layer] = band_doubled_convolution(layer, bands, reach, front.doubled, give)
     return found
-
-
-def _front_rows(bands: Bands, front: Front) -> FrontRows:
-    """The rows of a window, counted within what this rank holds."""
-    rank, origin = bands.group.rank, front.held(bands.group.rank)[0]
-    ranks = range(bands.ranks)
-
-    def within(rows: tuple[int, int]) -> tuple[int, int]:
-        return rows[0] - origin, rows[1] - rows[0]
-
-    received = [front.sent(source, rank) for source in ranks]
-    return FrontRows(
-        band=within(front.bands[rank]),
-        window=within(front.windows[rank]),
-        sent=tuple(within(front.sent(rank, reader)) for reader in ranks),
-        received=tuple(end - start for start, end in received),
-        whole=front.whole,
-    )

@@ -42,7 +42,7 @@ class ShardPlan(WorkPlan):
         times: the windows of frames in which the VAE runs a long clip, one after the other; none where it
             runs in one piece.
         blocks: how layers are run in row blocks, or None. No work is repeated by them.
-        front: the layers that ranks run on some of their peers' rows too, or None.
+        front: the layers that every rank runs on the whole picture, or None.
     """
 
     parts: Parts
@@ -69,7 +69,7 @@ def plan_shards(
         facts: the VAE.
         work: what is asked.
         row_blocks: what is asked of row blocks; None runs layers in one piece.
-        repeat: how much of what leads to the attention each rank computes for its peers; see `plan_front`.
+        repeat: whether ranks run what leads to the attention on their peers' rows too; see `plan_front`.
         chained: whether convolutions of a picture compute rows again instead of exchanging them; see
             `shard_steps`.
 
@@ -95,7 +95,7 @@ def plan_shards(
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
     exchanges = _exchanges(facts, work, times, chained)
     parts = _cut(facts, work, exchanges.shortest_band)
-    front = plan_front(traced(facts, work.direction), parts, work, repeat, dict(exchanges.given))
+    front = plan_front(traced(facts, work.direction), len(parts.parts), work, repeat, dict(exchanges.given))
     if front is not None:
         exchanges = with_front(exchanges, front)
     blocks = None if row_blocks is None else _blocks(facts, work, parts, exchanges, row_blocks)
@@ -183,17 +183,9 @@ def _step_bytes(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> i
     across = plan.parts.rows(plan.work.shape[-1 if plan.parts.axis == -2 else -2], step.scale)
     # The reader below needs this band's last rows, as those above it; the reader above its first ones.
     rows = {source + 1: step.reach.above, source - 1: step.reach.below}.get(reader, 0)
-    positions = _positions(plan, step, source, reader) * across if step.width else 0
+    positions = plan.parts.core_length(source, step.scale) * across if step.width else 0
     values = step.frames * (rows * across * step.channels + positions * step.width)
     return batch * (values * itemsize + step.groups * _MOMENT_BYTES + step.sums * _SUM_BYTES)
-
-
-def _positions(plan: ShardPlan, step: ShardStep, source: int, reader: int) -> int:
-    """The rows of one rank's band whose positions another gets."""
-    if plan.front is None or step.name != plan.front.attention:
-        return plan.parts.core_length(source, step.scale)
-    first, end = plan.front.sent(source, reader)
-    return end - first
 
 
 def _blocks(facts: VaeFacts, work: Work, parts: Parts, exchanges: ShardSteps, wanted: RowBlocks) -> BlockPlan:

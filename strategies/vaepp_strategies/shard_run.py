@@ -34,7 +34,7 @@ class ShardStrategy:
         row_blocks: how many blocks of rows the largest layer of a band is run in.
         peak_limit: the most live bytes of a rank, as in `"6GiB"`; finds `row_blocks`.
         recompute: whether activations are computed again instead of stored; see `RowBlocks`.
-        repeat: how much of what leads to a decoder's attention each rank computes for its peers; see
+        repeat: whether ranks run what leads to a decoder's attention on their peers' rows too; see
             `shard_front.plan_front`.
 
     Raises:
@@ -96,7 +96,8 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
     assert trace is not None, "a plan was made from the layers"
 
     def run(value: torch.Tensor) -> torch.Tensor:
-        band = _input(value, plan, window)
+        # Layers that every rank runs on the whole picture start with the whole input.
+        band = (value if plan.front else value[(..., *window.source.slices)]).contiguous()
         if plan.input_reach:
             bands.carry(band, input_halo(value, plan, bands.group.rank))
         forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
@@ -107,14 +108,6 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
             return window_call(adapter, plan.work.direction)(band)
 
     return run
-
-
-def _input(value: torch.Tensor, plan: ShardPlan, window: Window) -> torch.Tensor:
-    """What this rank's layers start with: its band of the input, or the window around it."""
-    if plan.front is None:
-        return value[(..., *window.source.slices)].contiguous()
-    first, end = plan.front.held(window.owner)
-    return value.narrow(plan.parts.axis, first, end - first).contiguous()
 
 
 def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:

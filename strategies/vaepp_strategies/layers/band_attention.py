@@ -28,6 +28,7 @@ __all__ = [
     "band_positions",
     "mix_positions",
     "normalised_positions",
+    "own_positions",
     "project_positions",
     "tokens_of",
 ]
@@ -91,9 +92,9 @@ def mix_positions(query: torch.Tensor, everyone: torch.Tensor, key_weight: torch
     """
     # One head: a query against a position's key is this vector against the position itself.
     query, scale = query @ key_weight, query.shape[-1] ** -0.5
-    return F.scaled_dot_product_attention(query[:, None], everyone[:, None], everyone[:, None], scale=scale)[
-        :, 0
-    ]
+    # Fused kernels want the channels of a position side by side. The others keep all scores in memory.
+    everyone = everyone.contiguous()[:, None]
+    return F.scaled_dot_product_attention(query[:, None], everyone, everyone, scale=scale)[:, 0]
 
 
 def _picture(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -120,6 +121,22 @@ def band_positions(bands: Bands, scale: Scale) -> Positions:
     def normalised(norm: nn.GroupNorm, values: torch.Tensor) -> NormalisedPositions:
         tokens = normalised_positions(norm, values.contiguous(), bands, scale)
         return values, tokens[bands.group.rank], torch.cat(tokens, dim=1)
+
+    return normalised
+
+
+def own_positions(bands: Bands) -> Positions:
+    """What attention reads, where every rank holds the whole picture at the latent's resolution.
+
+    Args:
+        bands: this rank's band.
+    """
+    part = bands.parts.parts[bands.group.rank]
+
+    def normalised(norm: nn.GroupNorm, values: torch.Tensor) -> NormalisedPositions:
+        normed = norm(values)
+        own = values.narrow(bands.axis, part.start, part.length)
+        return own, tokens_of(normed.narrow(bands.axis, part.start, part.length)), tokens_of(normed)
 
     return normalised
 
