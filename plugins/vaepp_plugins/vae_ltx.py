@@ -29,6 +29,7 @@ class LTXVideoAdapter(Adapter):
                 f"this {type(vae).__name__} draws noise while it decodes (decoder_inject_noise): ranks that "
                 "each decode a part would draw other numbers than one that decodes all"
             )
+        _refuse_other_ratios(vae)
 
     def facts(self) -> VaeFacts:
         """See `VaeAdapter.facts`."""
@@ -92,6 +93,37 @@ class LTXVideoAdapter(Adapter):
         """See `VaeAdapter.decode_window`."""
         sample: torch.Tensor = self.vae.decoder(latent, **{"temb": None, **self._arguments})
         return sample
+
+
+def _refuse_other_ratios(vae: Any) -> None:
+    """Refuse a VAE that declares other ratios than it has, as the default configuration of LTX-2 does.
+
+    Tiles, windows of frames and the size of the output all follow from what it declares.
+
+    Raises:
+        UnsupportedError: so it is.
+    """
+    declared = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    for part in ("encoder", "decoder"):
+        found = _ratios(vae, getattr(vae, part))
+        if found != declared:
+            pixels, frames = found[1], found[0]
+            raise UnsupportedError(
+                f"this {type(vae).__name__} declares {declared[1]} pixels and {declared[0]} frames per "
+                f"latent, but its {part} has {pixels} and {frames}: give it "
+                f"spatial_compression_ratio={pixels} and temporal_compression_ratio={frames}, or the layers "
+                "that it declares"
+            )
+
+
+def _ratios(vae: Any, part: Any) -> tuple[int, int]:
+    """Frames, and pixels along each side, per latent, from the strides of an encoder or decoder."""
+    frames, pixels = vae.config.patch_size_t, vae.config.patch_size
+    for block in part.modules():
+        for layer in getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None) or ():
+            stride = getattr(layer, "stride", None) or layer.conv.stride
+            frames, pixels = frames * stride[0], pixels * stride[1]
+    return frames, pixels
 
 
 class LTX2VideoAdapter(LTXVideoAdapter):

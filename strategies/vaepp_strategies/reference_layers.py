@@ -34,7 +34,8 @@ from vaepp_strategies.shard_kinds import (
     PADDING_DOWNSAMPLES,
     PADS,
 )
-from vaepp_strategies.shard_steps import call_scale, call_window, window_of
+from vaepp_strategies.shard_steps import call_scale
+from vaepp_strategies.shard_windows import call_window, window_of
 
 __all__ = ["ReferenceLayer", "ReferenceStep", "reference_layers", "reference_steps", "whole_side"]
 

@@ -34,7 +34,7 @@ from vaepp_strategies.layers.clip_attention import (
 )
 from vaepp_strategies.layers.clip_conv import CLIP_LAYERS, band_clip_convolution, clip_convolution
 from vaepp_strategies.layers.inspect import Check
-from vaepp_strategies.layers.reach import NO_ROWS
+from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.layers.resample import band_clip_upsample, band_pad
 from vaepp_strategies.shard_steps import ShardStep
 
@@ -140,7 +140,7 @@ SHARD_CLIP_LAYERS: Mapping[type[nn.Module], Check] = {
 """Layers known to work on a band of a clip, each with its check."""
 
 
-def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) -> Forward | None:
+def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, give: Reach) -> Forward | None:
     """One layer's forward on a band of a clip; None for one that works as in a picture.
 
     Args:
@@ -148,11 +148,12 @@ def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None) ->
         name: its name in the VAE.
         bands: this rank's band.
         step: what it exchanges, or None.
+        give: rows around its output that a later layer reads.
     """
     reach = NO_ROWS if step is None else step.reach
     if type(layer) in CLIP_LAYERS:
         apart = not clip_convolution(layer).window(bands.axis).reach
-        return None if apart else band_clip_convolution(layer, bands, name)
+        return None if apart else band_clip_convolution(layer, bands, name, give)
     if isinstance(layer, nn.ZeroPad2d):
         return band_pad(bands, reach, name)
     if isinstance(layer, hunyuan.HunyuanVideoUpsampleCausal3D):

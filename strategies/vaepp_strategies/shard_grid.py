@@ -23,7 +23,7 @@ from vaepp_strategies.layers.swap import swapped
 from vaepp_strategies.shard_front import layer_work
 from vaepp_strategies.shard_layers import band_forwards
 from vaepp_strategies.shard_plan import ShardPlan, landing_bytes, plan_shards
-from vaepp_strategies.shard_run import ShardStrategy, input_halo, window_call
+from vaepp_strategies.shard_run import ShardStrategy, band_input, input_halo, window_call
 from vaepp_strategies.shard_steps import call_scale
 from vaepp_strategies.shard_times import in_windows
 from vaepp_strategies.traced_memory import TracedMemory
@@ -51,7 +51,9 @@ class GridPlan(WorkPlan):
     extra_work: float = 0.0
 
 
-def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID, chained: bool = False) -> GridPlan:
+def plan_grid(
+    facts: VaeFacts, work: Work, bands: int = GRID, chained: bool = False, fewer_rounds: bool = True
+) -> GridPlan:
     """Plan for the grid, and deal its bands; only the dealing depends on the number of ranks.
 
     Args:
@@ -59,11 +61,13 @@ def plan_grid(facts: VaeFacts, work: Work, bands: int = GRID, chained: bool = Fa
         work: what is asked.
         bands: how many bands the grid has, where the latent allows as many.
         chained: see `plan_shards`.
+        fewer_rounds: see `plan_shards`.
 
     Raises:
         UnsupportedError: as the plain mode.
     """
-    grid = plan_shards(facts, attrs.evolve(work, ranks=bands, output="sharded"), chained=chained)
+    wanted = attrs.evolve(work, ranks=bands, output="sharded")
+    grid = plan_shards(facts, wanted, chained=chained, fewer_rounds=fewer_rounds)
     count = len(grid.windows)
     # As if no more had been asked for than there are: plans that do the same are equal.
     grid = attrs.evolve(grid, work=attrs.evolve(grid.work, ranks=count), peak_bytes=grid.peak_bytes[:count])
@@ -106,7 +110,9 @@ def _extra_work(facts: VaeFacts, work: Work, grid: ShardPlan) -> float:
 def _peak(facts: VaeFacts, work: Work, grid: ShardPlan, owners: tuple[int, ...], rank: int) -> int:
     """A rank's live bytes while its bands run in turn, or while pieces land if that is more."""
     bands = [band for band, owner in enumerate(owners) if owner == rank]
-    memory = TracedMemory(facts=facts, work=grid.work, parts=grid.parts, times=grid.times, steps=grid.steps)
+    memory = TracedMemory(
+        facts=facts, work=grid.work, parts=grid.parts, times=grid.times, steps=grid.steps, given=grid.given
+    )
     return max(memory.peak(*bands) if bands else 0, landing_bytes(facts, work, rank))
 
 
@@ -180,7 +186,7 @@ def _bands(
         call = window_call(_with_own_attributes(adapter), plan.work.direction)
 
         def run(frames: torch.Tensor) -> torch.Tensor:
-            rows = frames[(..., *grid.windows[band].source.slices)].contiguous()
+            rows = band_input(frames, grid.windows[band])
             if grid.input_reach:
                 bands[band].carry(rows, input_halo(frames, grid, band))
             # Anew, for layers keep frames of one window only.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 __all__ = [
     "ATTENTION",
+    "CACHED_CONVOLUTIONS",
     "CLIP_CONVOLUTIONS",
     "CLIP_INTERPOLATING",
     "COVERING",
@@ -35,11 +36,13 @@ HOLDING_CONVOLUTIONS = (
 )
 """Those that keep the convolution itself in a layer of their own."""
 
+CACHED_CONVOLUTIONS = ("QwenImageCausalConv3d", "WanCausalConv3d")
+"""Those that are given frames of their last call, and put them and padding in front of their input."""
+
 CLIP_CONVOLUTIONS = (
     "CogVideoXSafeConv3d",
     "Conv3d",
-    "QwenImageCausalConv3d",
-    "WanCausalConv3d",
+    *CACHED_CONVOLUTIONS,
     *HOLDING_CONVOLUTIONS,
 )
 """Convolutions over frames, rows and columns, padded by half their kernel along rows and columns.

@@ -45,7 +45,8 @@ from vaepp_strategies.layers.resample import (
 )
 from vaepp_strategies.shard_clip_layers import SHARD_CLIP_LAYERS, check_upsample, clip_forward
 from vaepp_strategies.shard_plan import ShardPlan
-from vaepp_strategies.shard_steps import ShardStep, padded_by, passes_through, visible_calls, window_of
+from vaepp_strategies.shard_steps import ShardStep, passes_through, visible_calls
+from vaepp_strategies.shard_windows import padded_by, window_of
 
 __all__ = ["SHARD_LAYERS", "band_forwards", "refused_layers"]
 
@@ -161,7 +162,7 @@ def band_forwards(
         else:
             forward = _forward(layer, call.name, bands, step)
         if len(trace.in_shape) == 5:
-            forward = clip_forward(layer, call.name, bands, step) or forward
+            forward = clip_forward(layer, call.name, bands, step, give) or forward
         if forward is None and passes_through(trace, index):
             forward = band_pointwise(layer, bands, reach, call.name)
         if forward is not None:

@@ -10,12 +10,14 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import landing_moves
 from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
+from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
 from vaepp_strategies.shard_frames import over_frames, traced
 from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
+from vaepp_strategies.shard_merge import giving_convolutions
 from vaepp_strategies.shard_stages import layer_sequence
 from vaepp_strategies.shard_steps import ShardStep, ShardSteps, shard_steps
 from vaepp_strategies.tile_geometry import Span, lay_frames
@@ -60,6 +62,7 @@ def plan_shards(
     row_blocks: RowBlocks | None = None,
     repeat: Repeat = "never",
     chained: bool = False,
+    fewer_rounds: bool = True,
 ) -> ShardPlan:
     """Cut the longer side of the latent into bands, and list every message.
 
@@ -72,6 +75,8 @@ def plan_shards(
         repeat: whether ranks run what leads to the attention on their peers' rows too; see `plan_front`.
         chained: whether convolutions of a picture compute rows again instead of exchanging them; see
             `shard_steps`.
+        fewer_rounds: whether convolutions of clips may compute rows for the next one, which is some work and
+            memory.
 
     Raises:
         UnsupportedError: the input has the wrong axes or no pixel, or the adapter does not say which layers
@@ -95,6 +100,13 @@ def plan_shards(
         out_shape = (*out_shape[:2], times[-1].place + times[-1].kept, *out_shape[-2:])
     exchanges = _exchanges(facts, work, times, chained)
     parts = _cut(facts, work, exchanges.shortest_band)
+    if fewer_rounds and facts.clip_layers is not None and len(parts.parts) > 1:
+        giving = giving_convolutions(traced(facts, work.direction), parts)
+        merged = _exchanges(facts, work, times, giving=giving)
+        # A band has to hold all rows that its neighbours ask for, or that they compute from the input.
+        computed = max(merged.input_reach.above, merged.input_reach.below)
+        if max(merged.shortest_band, computed) <= min(part.length for part in parts.parts):
+            exchanges = merged
     front = plan_front(traced(facts, work.direction), len(parts.parts), work, repeat, dict(exchanges.given))
     if front is not None:
         exchanges = with_front(exchanges, front)
@@ -117,16 +129,26 @@ def plan_shards(
     return attrs.evolve(plan, moves=_moves(plan))
 
 
-def _exchanges(facts: VaeFacts, work: Work, times: tuple[Span, ...], chained: bool) -> ShardSteps:
+def _exchanges(
+    facts: VaeFacts,
+    work: Work,
+    times: tuple[Span, ...],
+    chained: bool = False,
+    giving: frozenset[str] = frozenset(),
+) -> ShardSteps:
     """What the layers exchange; in each window of frames anew."""
     if facts.clip_layers is None:
         return shard_steps(traced(facts, work.direction), chained)
+
+    def of_clip(trace: LayerTrace) -> ShardSteps:
+        return shard_steps(trace, giving=giving)
+
     frames = [span.length for span in times] or [work.shape[2]]
-    first = shard_steps(traced(facts, work.direction, frames[0]))
+    first = of_clip(traced(facts, work.direction, frames[0]))
     steps = (
         step
         for count in frames
-        for step in over_frames(facts, work.direction, count, lambda trace: shard_steps(trace).steps)
+        for step in over_frames(facts, work.direction, count, lambda trace: of_clip(trace).steps)
     )
     return attrs.evolve(first, steps=tuple(steps))
 
@@ -210,7 +232,9 @@ def _peaks(
     idle = tuple(landing_bytes(facts, work, rank) for rank in range(len(parts.parts), work.ranks))
     if blocks is not None:
         return blocks.peaks + idle
-    memory = TracedMemory(facts=facts, work=work, parts=parts, times=times, steps=exchanges.steps)
+    memory = TracedMemory(
+        facts=facts, work=work, parts=parts, times=times, steps=exchanges.steps, given=exchanges.given
+    )
     ranks = range(len(parts.parts))
     return tuple(max(memory.peak(rank), landing_bytes(facts, work, rank)) for rank in ranks) + idle
 

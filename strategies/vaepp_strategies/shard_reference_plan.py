@@ -59,10 +59,11 @@ def plan_reference(facts: VaeFacts, work: Work) -> ReferencePlan:
     Raises:
         UnsupportedError: as the plain mode.
     """
-    plain = plan_shards(facts, work)
+    # Layers that are replaced here exchange on their own.
+    plain = plan_shards(facts, work, fewer_rounds=False)
     layers = _layers(facts, work, plain)
     if not layers:
-        plain = plan_shards(facts, attrs.evolve(work, ranks=1))
+        plain = plan_shards(facts, attrs.evolve(work, ranks=1), fewer_rounds=False)
     idle = (0,) * (work.ranks - len(plain.peak_bytes))
     memory = ReferenceMemory(facts=facts, work=work, plain=plain, layers=layers)
     plan = ReferencePlan(

@@ -22,7 +22,7 @@ from vaepp_strategies.shard_limit import Recomputes, row_blocks_from
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 from vaepp_strategies.shard_times import in_windows
 
-__all__ = ["ShardStrategy", "input_halo", "window_call"]
+__all__ = ["ShardStrategy", "band_input", "input_halo", "window_call"]
 
 WindowCall = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,7 +97,7 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
 
     def run(value: torch.Tensor) -> torch.Tensor:
         # Layers that every rank runs on the whole picture start with the whole input.
-        band = (value if plan.front else value[(..., *window.source.slices)]).contiguous()
+        band = value.contiguous() if plan.front else band_input(value, window)
         if plan.input_reach:
             bands.carry(band, input_halo(value, plan, bands.group.rank))
         forwards = dict(band_forwards(trace, adapter.vae, bands, plan))
@@ -108,6 +108,12 @@ def _on_band(adapter: VaeAdapter, bands: Bands, plan: ShardPlan, window: Window)
             return window_call(adapter, plan.work.direction)(band)
 
     return run
+
+
+def band_input(value: torch.Tensor, window: Window) -> torch.Tensor:
+    """A band of the input. That of a clip is a view: its layers copy what they read in any case."""
+    band = value[(..., *window.source.slices)]
+    return band if band.dim() == 5 else band.contiguous()
 
 
 def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:

@@ -11,7 +11,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Window
-from vaepp_strategies.shard_steps import call_window
+from vaepp_strategies.shard_windows import call_window
 
 __all__ = ["Recompute", "Sequence", "Stage", "is_straight", "layer_sequence"]
 

@@ -20,24 +20,22 @@ from vaepp_strategies.shard_kinds import (
     GIVERS,
     HANDING_BACK,
     INTERPOLATING,
-    PADDING_DOWNSAMPLES,
     PADS,
     POSITION_ATTENTION,
     UPSAMPLES,
     UPSAMPLES_BY_CHOICE,
 )
+from vaepp_strategies.shard_windows import calls_others, convolution_of, holding_call, padded_by, window_of
 
 __all__ = [
     "ShardStep",
     "ShardSteps",
     "call_scale",
     "call_source",
-    "call_window",
-    "padded_by",
+    "fetches_for",
     "passes_through",
     "shard_steps",
     "visible_calls",
-    "window_of",
 ]
 
 StepKind = Literal["halo", "statistics", "keys and values", "statistics and positions", "positions", "sums"]
@@ -91,7 +89,7 @@ class ShardSteps:
         return max([1, *(-(-rows * scale.down // scale.up) for rows, scale in needs)])
 
 
-def shard_steps(trace: LayerTrace, chained: bool = False) -> ShardSteps:
+def shard_steps(trace: LayerTrace, chained: bool = False, giving: frozenset[str] = frozenset()) -> ShardSteps:
     """List the exchanges of a traced decode or encode whose layers are all known.
 
     Where a convolution reads what a normalisation gave, directly or through layers that work position by
@@ -102,11 +100,13 @@ def shard_steps(trace: LayerTrace, chained: bool = False) -> ShardSteps:
         chained: whether a convolution of a picture that reads what another one gave, directly or through
             such layers, gets its rows from that one, which computes them again from more rows of its input;
             else both exchange.
+        giving: names of convolutions of a clip that compute the rows around their bands which the next ones
+            read.
 
     Raises:
         UnsupportedError: a layer is called twice and needs different rows each time.
     """
-    own, given = _requests(trace, chained)
+    own, given = _requests(trace, chained, giving)
     _refuse_varying(trace, own, given)
     found = []
     for index, call in visible_calls(trace):
@@ -114,8 +114,9 @@ def shard_steps(trace: LayerTrace, chained: bool = False) -> ShardSteps:
         if step is not None:
             found.append((_moment(trace, index), step))
     steps = tuple(step for _, step in sorted(found, key=lambda item: item[0]))
-    convolutions = ((trace.calls[at].name, reach) for at, reach in given.items() if at != INPUT)
-    return ShardSteps(steps=steps, given=tuple(convolutions), input_reach=given.get(INPUT, NO_ROWS))
+    # A layer of a clip is called again and again, and gives the same rows each time.
+    givers = {trace.calls[at].name: reach for at, reach in given.items() if at != INPUT}
+    return ShardSteps(steps=steps, given=tuple(givers.items()), input_reach=given.get(INPUT, NO_ROWS))
 
 
 def _refuse_varying(trace: LayerTrace, own: Mapping[int, Reach], given: Mapping[int, Reach]) -> None:
@@ -161,7 +162,9 @@ def _enclosing(trace: LayerTrace, index: int) -> Iterator[int]:
         index = trace.calls[index].inside
 
 
-def _requests(trace: LayerTrace, chained: bool) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
+def _requests(
+    trace: LayerTrace, chained: bool, giving: frozenset[str]
+) -> tuple[Mapping[int, Reach], Mapping[int, Reach]]:
     """Rows that calls fetch from neighbours, and rows that calls (or the input) have for later ones."""
     own: dict[int, Reach] = {}
     given: dict[int, Reach] = {}
@@ -171,7 +174,7 @@ def _requests(trace: LayerTrace, chained: bool) -> tuple[Mapping[int, Reach], Ma
         if not reach:
             continue
         # A normalisation exchanges in any case, and its rows ride along.
-        giver = _giver(trace, index, reach, chained and trace.calls[index].kind == "Conv2d")
+        giver = _giver(trace, index, reach, chained and trace.calls[index].kind == "Conv2d", giving)
         if giver is None:
             fetcher = _fetcher(trace, index)
             own[fetcher] = own.get(fetcher, NO_ROWS).joined(reach)
@@ -206,12 +209,15 @@ def _refuse_uneven(call: LayerCall, window: Window) -> None:
         )
 
 
-def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool) -> int | None:
+def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool, giving: frozenset[str]) -> int | None:
     """The call that has rows for this one, `INPUT`, or None where this one must fetch them itself."""
     source = call_source(trace, index)
     while source >= 0:
         call = trace.calls[source]
-        if _fetches_for(trace, source, index) or _gives_for_nothing(trace, source, reach):
+        holder = holding_call(trace, source)
+        if trace.calls[holder].name in giving:
+            return holder
+        if fetches_for(trace, source, index) or _gives_for_nothing(trace, source, reach):
             return source
         if chained and _widens(trace, source):
             return source
@@ -248,7 +254,7 @@ def _upsamples(call: LayerCall) -> bool:
     return call.kind in UPSAMPLES or (call.kind in UPSAMPLES_BY_CHOICE and bool(call.setting("interpolate")))
 
 
-def _fetches_for(trace: LayerTrace, source: int, index: int) -> bool:
+def fetches_for(trace: LayerTrace, source: int, index: int) -> bool:
     """Whether a call can fetch the rows around its own output that a later one reads.
 
     One that adds a shortcut to what its own convolution gives can do so for that convolution alone.
@@ -276,7 +282,7 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     if not _widens(trace, index):
         return False
     source = call_source(trace, index)
-    while source >= 0 and not _fetches_for(trace, source, index):
+    while source >= 0 and not fetches_for(trace, source, index):
         if not passes_through(trace, source):
             return False
         source = trace.calls[source].source
@@ -295,49 +301,11 @@ def passes_through(trace: LayerTrace, index: int) -> bool:
     if call.kind == "Conv2d":
         return window_of(trace, index).pointwise
     if call.kind in CLIP_CONVOLUTIONS:
-        kernel = _convolution(trace, index).setting("kernel_size")
+        kernel = convolution_of(trace, index).setting("kernel_size")
         single = set(kernel) == {1} and window_of(trace, index).pointwise
         return single and call.kind not in HANDING_BACK
     keeps_places = call.in_shape[2:] == call.out_shape[2:]
-    return keeps_places and not _calls_others(trace, index) and call.kind not in COVERING
-
-
-def _calls_others(trace: LayerTrace, index: int) -> bool:
-    return index + 1 < len(trace.calls) and trace.calls[index + 1].inside == index
-
-
-def _convolution(trace: LayerTrace, index: int) -> LayerCall:
-    """The convolution itself of a call, which some classes keep in a layer of their own."""
-    return trace.calls[index + 1] if _calls_others(trace, index) else trace.calls[index]
-
-
-def window_of(trace: LayerTrace, index: int) -> Window:
-    """A traced convolution along its rows, padded by itself or by the layer in front of it."""
-    call = trace.calls[index]
-    if call.kind in CLIP_CONVOLUTIONS:
-        inner = _convolution(trace, index)
-        kernel, stride = inner.setting("kernel_size")[1], inner.setting("stride")[1]
-        padding = 0 if kernel == stride else kernel // 2
-        return Window(kernel, stride, padding, padding)
-    window, source = call_window(call), call.source
-    if padded_by(trace, index):
-        return attrs.evolve(window, trail=window.trail + 1)
-    if source < 0 or trace.calls[source].kind not in PADS:
-        return window
-    _, _, lead, trail = trace.calls[source].setting("padding")
-    return attrs.evolve(window, lead=window.lead + lead, trail=window.trail + trail)
-
-
-def padded_by(trace: LayerTrace, index: int) -> bool:
-    """Whether the layer around a convolution padded its input by a row and a column at the end."""
-    inside = trace.calls[index].inside
-    return inside >= 0 and trace.calls[inside].kind in PADDING_DOWNSAMPLES
-
-
-def call_window(call: LayerCall) -> Window:
-    """A traced convolution along its rows; its columns are alike, see `shard_layers`."""
-    padding = call.setting("padding")[0]
-    return Window(call.setting("kernel_size")[0], call.setting("stride")[0], padding, padding)
+    return keeps_places and not calls_others(trace, index) and call.kind not in COVERING
 
 
 def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> ShardStep | None:

@@ -71,13 +71,18 @@ def plan_turns(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan:
             kept is named); or nothing can be computed again, and that is asked for.
     """
     ways = _ways(facts, work, wanted)
+
+    def plan_bands(count: int, chained: bool) -> GridPlan:
+        # Whoever asks for row blocks is short of memory, not of time.
+        return plan_grid(facts, work, count * work.ranks, chained, fewer_rounds=False)
+
     if wanted.count:
-        return plan_grid(facts, work, wanted.count * work.ranks, ways[0])
+        return plan_bands(wanted.count, ways[0])
     side = max(work.shape[-2:])
     most = max(1, side // (1 if work.direction == "decode" else facts.spatial_ratio) // work.ranks)
     least = None
     for chained, count in itertools.product(ways, block_counts(most)):
-        plan = plan_grid(facts, work, count * work.ranks, chained)
+        plan = plan_bands(count, chained)
         if max(plan.peak_bytes) <= wanted.limit:
             return plan
         least = min(max(plan.peak_bytes), least or max(plan.peak_bytes))

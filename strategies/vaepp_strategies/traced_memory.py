@@ -18,9 +18,15 @@ from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.norm import CHUNK_VALUES
 from vaepp_strategies.layers.parts import Part, Parts
-from vaepp_strategies.layers.reach import SHORT_BAND
-from vaepp_strategies.shard_kinds import CLIP_INTERPOLATING, HOLDING_CONVOLUTIONS, MASKED_ATTENTION
-from vaepp_strategies.shard_steps import ShardStep
+from vaepp_strategies.layers.reach import SHORT_BAND, Reach
+from vaepp_strategies.shard_frames import traced
+from vaepp_strategies.shard_kinds import (
+    CACHED_CONVOLUTIONS,
+    CLIP_INTERPOLATING,
+    HOLDING_CONVOLUTIONS,
+    MASKED_ATTENTION,
+)
+from vaepp_strategies.shard_steps import ShardStep, call_scale
 from vaepp_strategies.tile_geometry import Span
 
 __all__ = ["TracedMemory", "untiled_bytes"]
@@ -28,11 +34,20 @@ __all__ = ["TracedMemory", "untiled_bytes"]
 _ROW_COPIES = 4
 """Of a neighbour's rows: what is sent, what arrives, and where it stands among a band's own rows."""
 
+_GIVEN_COPIES = 2
+"""Of a row computed for a later layer: where it was computed, and the copy that outlives that."""
+
 _WIDE = 8
 """Bytes of a float64."""
 
 _CACHED_FRAMES = 2
 """Frames of which rows are kept for a layer's next call."""
+
+_BLENDED_BYTES = 4
+"""Bytes of the values in which windows are blended, at least."""
+
+_BLEND, _NARROW_BLEND = 2, 4
+"""Values beside each blended one: its two parts, of which one may be wide and already rounded as well."""
 
 
 @attrs.frozen(kw_only=True)
@@ -45,6 +60,7 @@ class TracedMemory:
         parts: the bands.
         times: the windows of frames in which the VAE runs the clip; none where it runs in one piece.
         steps: what the layers exchange.
+        given: rows around a layer's output that it computes for a later one, by the layer's name.
     """
 
     facts: VaeFacts
@@ -52,6 +68,7 @@ class TracedMemory:
     parts: Parts
     times: tuple[Span, ...]
     steps: tuple[ShardStep, ...]
+    given: tuple[tuple[str, Reach], ...]
 
     def peak(self, *bands: int) -> int:
         """The most bytes alive on the rank of some bands, weights and the input itself excluded.
@@ -59,35 +76,42 @@ class TracedMemory:
         It runs its bands in turn, each up to its next exchange.
         """
         lengths = [self.parts.parts[band].length for band in bands]
-        area = sum(lengths) * self._across
-        frames = {span.length for span in self.times} or {self._frames}
-        values = max(self._window(count, lengths) for count in frames)
-        before, joining = self._joining()
-        values = max(values + self._out(before, area), self._out(joining, area))
+        values = self._blended(lengths)
         if len(self.parts.parts) > 1:
-            values += self.work.shape[1] * max(frames) * area + len(bands) * self._rows()
+            copied = 0 if self.facts.temporal_ratio else self.work.shape[1] * sum(lengths) * self._across
+            values += copied + len(bands) * self._rows()  # a band of a clip is a view of the input
         return self.work.shape[0] * int(values) * self.work.itemsize
 
-    @property
-    def _across(self) -> int:
-        return self.work.shape[-1 if self.parts.axis == -2 else -2]
+    def _blended(self, lengths: list[int]) -> float:
+        """Values alive at the peak of any window of frames, or while windows are blended and joined."""
+        area = sum(lengths) * self._across
+        windows = {frames: self._window(frames, lengths) for frames in self._windows}
+        given = {frames: self._out_frames(frames) for frames in windows}
+        if not self.times:  # a whole clip, or a picture, may be clamped
+            return max(max(windows.values()), self._out(2 * max(given.values()), area))
+        blended = _NARROW_BLEND if self.work.itemsize < _BLENDED_BYTES else _BLEND
+        kept = before = 0
+        found = []
+        for span in self.times:
+            found.append(self._out(kept + before, area) + windows[span.length])
+            frames = kept + before + given[span.length] + blended * span.blend
+            found.append(self._out(frames, area))
+            kept, before = kept + span.kept, given[span.length]
+        return max(*found, self._out(2 * kept + before, area))
 
     @property
-    def _frames(self) -> int:
-        """Frames of the input; a picture is one."""
-        return self.work.shape[2] if self.facts.temporal_ratio else 1
+    def _windows(self) -> set[int]:
+        """How many frames of the input the VAE runs at a time; a picture has none."""
+        return {span.length for span in self.times} or {
+            self.work.shape[2] if self.facts.temporal_ratio else 0
+        }
 
     def _out_frames(self, frames: int) -> int:
         return self.facts.out_frames(self.work.direction, frames) if self.facts.temporal_ratio else 1
 
-    def _joining(self) -> tuple[int, int]:
-        """Output frames held beside the last window, and while all are joined, or a whole clip is clamped."""
-        frames = [self._out_frames(span.length) for span in self.times]  # more than are kept
-        kept = [span.kept for span in self.times]
-        if not frames:
-            return 0, 2 * self._out_frames(self._frames)
-        before = sum(kept[:-1]) + frames[-2] if len(kept) > 1 else 0
-        return before, 2 * sum(kept) + frames[-1]
+    @property
+    def _across(self) -> int:
+        return self.work.shape[-1 if self.parts.axis == -2 else -2]
 
     def _out(self, frames: int, area: int) -> float:
         """Values of some frames of a band's output."""
@@ -97,22 +121,20 @@ class TracedMemory:
 
     def _window(self, frames: int, lengths: list[int]) -> float:
         """Values alive at the peak of one window of frames, or of a whole clip or picture."""
-        direction, layers = self.work.direction, self.facts.clip_layers
-        enough, chunk = (0, 0) if layers is None else layers.frames(direction)
-        traced = frames if not chunk or frames < enough else enough + (frames - enough) % chunk
-        trace, longest, area = self.facts.layers(direction, traced), max(lengths), sum(lengths) * self._across
-        assert trace is not None, "the layers are known"
+        trace = traced(self.facts, self.work.direction, frames)
+        longest, area = max(lengths), sum(lengths) * self._across
         share = area / math.prod(trace.in_shape[-2:])
         alone = len(self.parts.parts) == 1
         bands = sum(lengths) / longest
         values = share * (trace.peak if alone else self._running(trace, longest, bands - 1) / bands)
         wider = _masks(trace, share) if alone else self._statistics(trace, share / bands, bands - 1)
         values = max(values, wider)
-        later = frames - traced
+        first = trace.in_shape[2] if frames else 0
+        later = frames - first
         if later:
             # A chunk leaves what it gave, beside what stands ready for those after it.
-            given = [self._out_frames(count) for count in (frames, traced)]
-            values += later * share * _ready(trace) / traced + self._out(given[0] - given[1], area)
+            given = [self._out_frames(count) for count in (frames, first)]
+            values += later * share * _ready(trace) / first + self._out(given[0] - given[1], area)
         return values
 
     def _running(self, trace: LayerTrace, length: int, waiting: float) -> float:
@@ -160,16 +182,35 @@ class TracedMemory:
         )
 
     def _rows(self) -> int:
-        """Values of neighbours' rows: of the widest exchange, and of frames kept for later."""
+        """Values of neighbours' rows: of the widest exchange, computed ones, and of frames kept for later."""
         sizes: dict[str, int] = {}
         widest = 0
         for step in self.steps:
             row = self.parts.rows(self._across, step.scale) * step.channels
             sizes[step.name] = row * (step.reach.above + step.reach.below)
             widest = max(widest, sizes[step.name] * step.frames)
+        computed = list(self._computed())
+        held = _ROW_COPIES * widest + _GIVEN_COPIES * max(
+            (size * frames for size, frames in computed), default=0
+        )
         layers = self.facts.clip_layers
         cached = layers is not None and layers.frames(self.work.direction)[1]
-        return _ROW_COPIES * widest + (_CACHED_FRAMES * sum(sizes.values()) if cached else 0)
+        kept = sum(sizes.values()) + sum(size for size, _ in computed)
+        return held + (_CACHED_FRAMES * kept if cached else 0)
+
+    def _computed(self) -> Iterator[tuple[int, int]]:
+        """The values of a frame, and the frames, of the rows that each layer computes for a later one.
+
+        Those of pictures are few beside their band, which has no other frames.
+        """
+        if not self.facts.temporal_ratio:
+            return
+        trace = traced(self.facts, self.work.direction, max(self._windows))
+        calls = {call.name: (index, call) for index, call in enumerate(trace.calls)}
+        for name, reach in self.given:
+            index, call = calls[name]
+            row = self.parts.rows(self._across, call_scale(trace, index)) * call.out_shape[1]
+            yield row * (reach.above + reach.below), math.prod(call.out_shape[2:-2])
 
 
 def untiled_bytes(facts: VaeFacts, work: Work, traced: bool = True) -> int:
@@ -183,7 +224,7 @@ def untiled_bytes(facts: VaeFacts, work: Work, traced: bool = True) -> int:
     rows, columns = work.shape[-2:]
     if traced and facts.layers(work.direction) is not None:
         alone = Parts(-2, (Part(0, rows, 0, rows),))
-        return TracedMemory(facts=facts, work=work, parts=alone, times=(), steps=()).peak(0)
+        return TracedMemory(facts=facts, work=work, parts=alone, times=(), steps=(), given=()).peak(0)
     pixels = rows * columns * (facts.spatial_ratio**2 if work.direction == "decode" else 1)
     frames = 1
     if facts.temporal_ratio:
@@ -224,7 +265,7 @@ def _moments(trace: LayerTrace, length: int) -> Iterator[_Moment]:
         kind = trace.calls[index].kind if index >= 0 else ""
         if kind in CLIP_INTERPOLATING:
             yield _Moment(_interpolation(trace, index), index, last)
-        elif kind in HOLDING_CONVOLUTIONS:
+        elif kind in HOLDING_CONVOLUTIONS or kind in CACHED_CONVOLUTIONS:
             yield _Moment(_convolution(trace, index, length), index, last)
         else:
             # What it runs itself shows where it holds more than any layer that it calls.
@@ -246,11 +287,21 @@ def _interpolation(trace: LayerTrace, index: int) -> int:
 
 
 def _convolution(trace: LayerTrace, index: int, length: int) -> int:
-    """The peak of a convolution that pads in front of another; a short band is copied once."""
-    call, inner = trace.calls[index : index + 2]
+    """The peak of a convolution that pads its input itself; a short band is copied once."""
+    call = trace.calls[index]
     if length * call.in_shape[-2] > SHORT_BAND * trace.in_shape[-2]:
         return call.peak
-    return call.before + math.prod(inner.in_shape) + math.prod(call.out_shape)
+    return call.before + _padded(trace, index) + math.prod(call.out_shape)
+
+
+def _padded(trace: LayerTrace, index: int) -> int:
+    """Values of a convolution's input with all that it puts around it, earlier frames too."""
+    call = trace.calls[index]
+    if call.kind in HOLDING_CONVOLUTIONS:
+        return math.prod(trace.calls[index + 1].in_shape)
+    sizes = zip(call.out_shape[2:], call.setting("kernel_size"), call.setting("stride"), strict=True)
+    surrounded: int = math.prod((size - 1) * stride + kernel for size, kernel, stride in sizes)
+    return call.in_shape[1] * surrounded
 
 
 def _masks(trace: LayerTrace, share: float) -> float:

@@ -349,3 +349,11 @@ def test_a_decoder_that_draws_noise_is_refused() -> None:
     vae.register_to_config(decoder_inject_noise=(False, False, False, False, True))
     with pytest.raises(UnsupportedError, match="draws noise"):
         adapter_of(LTX, vae)
+
+
+def test_ratios_that_are_not_those_of_the_layers_are_refused() -> None:
+    """As LTX-2 has them where its configuration leaves them out."""
+    vae = build(LTX2)
+    vae.spatial_compression_ratio = 64
+    with pytest.raises(UnsupportedError, match=r"declares 64 pixels and 8 .* spatial_compression_ratio=32"):
+        adapter_of(LTX2, vae)

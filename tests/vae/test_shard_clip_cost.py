@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from vaepp_plugins.vae_ltx import LTX2VideoAdapter, LTXVideoAdapter
 from vaepp_plugins.vae_mochi import MochiAdapter
 from vaepp_plugins.vae_wan import QwenImageAdapter, WanAdapter
 from vaepp_strategies.shard_modes import shard_strategy
+from vaepp_strategies.shard_plan import plan_shards
 from vaepp_strategies.shard_run import ShardStrategy
 from vaepp_strategies.tile_run import TileStrategy
 
@@ -40,8 +42,9 @@ WAN_22: dict[str, Any] = {
 }
 
 
+@functools.cache
 def full(adapter: Callable[[Any], Any], vae: Callable[..., Any], **config: Any) -> Any:
-    """An adapter of a VAE at full width, in bfloat16, without numbers."""
+    """An adapter of a VAE at full width, in bfloat16, without numbers; it traces each clip once."""
     with torch.device("meta"):
         built = vae(**config)
     return adapter(torch.nn.Module.to(built, torch.bfloat16).eval())
@@ -49,26 +52,6 @@ def full(adapter: Callable[[Any], Any], vae: Callable[..., Any], **config: Any) 
 
 def tiny(adapter: Callable[[Any], Any], name: str, dtype: torch.dtype) -> Any:
     return adapter(torch.nn.Module.to(build(name, dtype), device="meta"))
-
-
-@pytest.mark.parametrize(
-    ("config", "direction", "shape"),
-    [
-        ({}, "decode", (1, 16, 3, 60, 104)),
-        ({}, "encode", (1, 3, 9, 480, 832)),
-        (WAN_22, "decode", (1, 48, 3, 30, 52)),
-    ],
-)
-def test_peak_and_work_of_every_rank_are_its_share(
-    config: dict[str, Any], direction: Direction, shape: tuple[int, ...]
-) -> None:
-    """Three latent frames: with the third one all caches of frames are as full as they get."""
-    adapter = full(WanAdapter, diffusers.AutoencoderKLWan, **config)
-    whole = untiled_adapter_cost(adapter, direction, shape)
-    for ranks, rank in ((2, 0), (2, 1), (4, 0), (4, 1), (4, 3)):
-        share = adapter_cost(ShardStrategy(), adapter, direction, shape, ranks, rank)
-        assert share.peak * ranks <= 1.03 * whole.peak, (ranks, rank, share.peak * ranks / whole.peak)
-        assert share.work * ranks <= 1.01 * whole.work, (ranks, rank, share.work * ranks / whole.work)
 
 
 WAN = (WanAdapter, diffusers.AutoencoderKLWan)
@@ -81,28 +64,73 @@ LTX_2_CONFIG = {
     "temporal_compression_ratio": 8,
     "decoder_spatial_padding_mode": "reflect",
 }
+# And the rounds of messages on so many ranks, where no convolution computed rows for the next one, and now.
+SHARES: list[tuple[Any, ...]] = [
+    (*WAN, {}, "decode", (1, 16, 3, 60, 104), {2: (102, 57), 4: (102, 57)}),
+    (*WAN, {}, "encode", (1, 3, 9, 480, 832), {4: (78, 45)}),
+    (*WAN, WAN_22, "decode", (1, 48, 3, 30, 52), {4: (102, 69)}),
+    (*HUNYUAN_15, {}, "decode", (1, 32, 2, 30, 52), {4: (40, 25)}),
+    (*LTX, {}, "encode", (1, 3, 9, 512, 768), {4: (43, 43)}),
+    (*LTX_2, LTX_2_CONFIG, "decode", (1, 128, 2, 16, 24), {2: (44, 23), 4: (44, 38)}),
+]
 FULL = [
-    (*WAN, {}, ((16, 1, 60, 104), (16, 6, 30, 52)), ((3, 21, 240, 416),)),
+    (*WAN, {}, ((16, 1, 60, 104), (16, 4, 30, 52)), ((3, 13, 240, 416),)),
     (*WAN, WAN_22, ((48, 2, 30, 52),), ((3, 13, 480, 832),)),
-    (*HUNYUAN, {}, ((16, 9, 30, 52),), ((3, 33, 240, 416),)),
+    (*HUNYUAN, {}, ((16, 6, 15, 26),), ((3, 21, 120, 208),)),
     (*HUNYUAN_15, {}, ((32, 3, 15, 26),), ((3, 9, 240, 416),)),
     (*LTX, {}, ((128, 1, 15, 26), (128, 5, 15, 26)), ((3, 17, 480, 832),)),
     (*LTX_2, LTX_2_CONFIG, ((128, 5, 15, 26),), ()),
 ]
-BLOCKS = [  # the most that is left of the untiled peak in eight bands
-    (*WAN, (16, 3, 30, 52), 0.82),
-    (*LTX, (128, 3, 16, 26), 0.5),
+BLOCKS = [  # the most that is left of the untiled peak in so many bands
+    (*WAN, (16, 3, 30, 52), 2, 0.88),
+    (*LTX, (128, 3, 16, 26), 8, 0.5),
 ]
 TINY = [
-    (WanAdapter, "AutoencoderKLWan", torch.float32),
-    (WanAdapter, "AutoencoderKLWan_22", torch.bfloat16),
-    (QwenImageAdapter, "AutoencoderKLQwenImage", torch.float32),
-    (HunyuanVideoAdapter, "AutoencoderKLHunyuanVideo", torch.float32),
-    (HunyuanVideo15Adapter, "AutoencoderKLHunyuanVideo15", torch.bfloat16),
-    (LTX2VideoAdapter, "AutoencoderKLLTX2Video", torch.bfloat16),
-    (CogVideoXAdapter, "AutoencoderKLCogVideoX", torch.bfloat16),
-    (MochiAdapter, "AutoencoderKLMochi", torch.float32),
+    (WanAdapter, "AutoencoderKLWan", torch.float32, (1, 4)),
+    (WanAdapter, "AutoencoderKLWan_22", torch.bfloat16, (4,)),
+    (QwenImageAdapter, "AutoencoderKLQwenImage", torch.float32, (1,)),
+    (HunyuanVideoAdapter, "AutoencoderKLHunyuanVideo", torch.float32, (3,)),  # two windows of frames
+    (HunyuanVideo15Adapter, "AutoencoderKLHunyuanVideo15", torch.bfloat16, (2,)),
+    (LTX2VideoAdapter, "AutoencoderKLLTX2Video", torch.float32, (1, 3)),
+    (LTX2VideoAdapter, "AutoencoderKLLTX2Video", torch.bfloat16, (3,)),  # blended in float32
+    (CogVideoXAdapter, "AutoencoderKLCogVideoX", torch.bfloat16, (4,)),
+    (MochiAdapter, "AutoencoderKLMochi", torch.float32, (2,)),
 ]
+
+
+def work_for(direction: str, shape: tuple[int, ...], ranks: int, itemsize: int = 2) -> Work:
+    return Work(
+        direction="decode" if direction == "decode" else "encode",
+        shape=shape,
+        itemsize=itemsize,
+        ranks=ranks,
+        world_size=ranks,
+        output="sharded",
+    )
+
+
+@pytest.mark.parametrize(("adapter", "vae", "config", "direction", "shape", "rounds"), SHARES)
+def test_peak_and_work_of_every_rank_are_its_share(
+    adapter: Any,
+    vae: Any,
+    config: dict[str, Any],
+    direction: Direction,
+    shape: tuple[int, ...],
+    rounds: dict[int, tuple[int, int]],
+) -> None:
+    """In the third latent frame of Wan all caches of frames are as full as they get.
+
+    A rank with neighbours on both sides has most rows to hold and to compute twice.
+    """
+    one = full(adapter, vae, **config)
+    whole = untiled_adapter_cost(one, direction, shape)
+    for ranks, (plain, fewer) in rounds.items():
+        share = adapter_cost(ShardStrategy(), one, direction, shape, ranks, ranks // 2 - 1)
+        assert share.peak * ranks <= 1.03 * whole.peak, (ranks, share.peak * ranks / whole.peak)
+        assert share.work * ranks <= 1.02 * whole.work, (ranks, share.work * ranks / whole.work)
+        facts, work = one.facts(), work_for(direction, shape, ranks)
+        counted = tuple(len(plan_shards(facts, work, fewer_rounds=on).steps) for on in (False, True))
+        assert counted == (plain, fewer), ranks
 
 
 @torch.no_grad()
@@ -111,15 +139,7 @@ def told_and_counted(
 ) -> tuple[float, int]:
     """What the plan of a rank in the middle says of its peak, as a share of what is counted, and that."""
     rank, strategy, dtype = ranks // 2, strategy or ShardStrategy(), adapter.vae.dtype
-    work = Work(
-        direction="decode" if direction == "decode" else "encode",
-        shape=shape,
-        itemsize=dtype.itemsize,
-        ranks=ranks,
-        world_size=ranks,
-        output="sharded",
-    )
-    plan = strategy.plan(adapter.facts(), work)
+    plan = strategy.plan(adapter.facts(), work_for(direction, shape, ranks, dtype.itemsize))
     value = torch.empty(shape, dtype=dtype, device="meta")
     group = SilentGroup(None, rank, ranks, ranks, timedelta(seconds=1))
     with LiveBytes([value]) as live:
@@ -139,30 +159,30 @@ def test_a_plan_knows_the_peak_of_a_clip() -> None:
                     assert 0.95 <= found <= 1.12, (vae.__name__, direction, shape, ranks, found)
 
 
-@pytest.mark.parametrize(("adapter", "vae", "shape", "share"), BLOCKS)
+@pytest.mark.parametrize(("adapter", "vae", "shape", "bands", "share"), BLOCKS)
 def test_bands_in_turn_lower_the_peak_of_one_rank(
-    adapter: Any, vae: Any, shape: tuple[int, ...], share: float
+    adapter: Any, vae: Any, shape: tuple[int, ...], bands: int, share: float
 ) -> None:
     one = full(adapter, vae)
     _, whole = told_and_counted(one, "decode", (1, *shape), 1)
-    told, counted = told_and_counted(one, "decode", (1, *shape), 1, shard_strategy(row_blocks=8))
+    told, counted = told_and_counted(one, "decode", (1, *shape), 1, shard_strategy(row_blocks=bands))
     assert counted <= share * whole, counted / whole
     assert 1 <= told <= 1.1, told
 
 
 def test_plans_know_the_peak_of_small_clips() -> None:
     """Sharded on two ranks, and in tiles that one rank blends."""
-    for adapter, name, dtype in TINY:
+    for adapter, name, dtype, clips in TINY:
         one = tiny(adapter, name, dtype)
         facts = one.facts()
-        for frames in (1, 6):
+        for frames in clips:
             batch = 2 if "Wan" in name else 1  # untiled, HunyuanVideo 1.5 takes one clip
             latent = (batch, facts.latent_channels, frames, 9, 7)
             pictures = 1 + (frames - 1) * facts.temporal_ratio
             picture = (1, 3, pictures, 9 * facts.spatial_ratio, 7 * facts.spatial_ratio)
             for direction, shape in (("decode", latent), ("encode", picture)):
                 found, _ = told_and_counted(one, direction, shape, 2)
-                assert 0.9 <= found <= 1.15, (name, direction, shape, found)
+                assert 0.97 <= found <= 1.12, (name, direction, shape, found)
             if frames > 1 and "LTX" not in name:  # its last tile would have one latent, too few
                 found, _ = told_and_counted(one, "decode", latent, 1, TileStrategy())
                 assert 0.95 <= found <= 1.12, (name, found)

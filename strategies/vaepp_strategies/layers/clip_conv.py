@@ -112,9 +112,10 @@ class ClipConvolution:
         room = surrounded(band, earlier, (above, below), axis, beside, self.space_mode, self.time_mode)
         wide = self._bare(room)
         out = wide.narrow(axis, gives.above, wide.shape[axis] - gives.above - gives.below)
+        # Copies: views would keep the whole output alive for as long as a later layer's rows.
         return out, Halo(
-            wide.narrow(axis, 0, gives.above) if gives.above else None,
-            last_rows(wide, axis, gives.below) if gives.below else None,
+            wide.narrow(axis, 0, gives.above).clone() if gives.above else None,
+            last_rows(wide, axis, gives.below).clone() if gives.below else None,
         )
 
     def _bare(self, padded: torch.Tensor) -> torch.Tensor:
