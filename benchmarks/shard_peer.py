@@ -109,8 +109,8 @@ def _decoding(vae: Any, latent: torch.Tensor) -> Decode:
 
 def _counted(decode: Decode, exact: torch.Tensor | None) -> dict[str, Any]:
     """What one rank sends, computes and holds, and how far its picture is from the untiled one."""
-    # First, for a first decode also plans; and in a run of its own, for the counter of operations keeps
-    # tensors alive that LiveBytes would count.
+    decode()  # plans are made by the first call, from a trace whose shapes both counters would count
+    # In a run of its own: the counter of operations keeps tensors alive that LiveBytes would count.
     with LiveBytes() as live:
         decode()
     pictures = []
