@@ -19,6 +19,7 @@ from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.request import Request
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.stages import Observer
+from vaepp_sdk.text import reason_of
 
 __all__ = ["Keeper"]
 
@@ -72,7 +73,7 @@ class Keeper:
             try:
                 self._write(folder, latents, own, request)
             except OSError as error:
-                _warn(f"the latents cannot be kept in {folder} ({_reason(error)}); what fails loses them")
+                _warn(f"the latents cannot be kept in {folder} ({reason_of(error)}); what fails loses them")
         self.observer(LatentsKept(str(folder), request.number))
 
     def _first(self, latents: torch.Tensor | None, own: range, request: Request) -> int:
@@ -80,11 +81,11 @@ class Keeper:
         try:
             return self._new_run(self.store, latents, own, request)
         except OSError as error:
-            problem = f"the latents cannot be kept in {self.store.path} ({_reason(error)})"
+            problem = f"the latents cannot be kept in {self.store.path} ({reason_of(error)})"
         try:
             number = self._new_run(self.spare, latents, own, request)
         except OSError as error:
-            also = f"nor in {self.spare.path} ({_reason(error)})"
+            also = f"nor in {self.spare.path} ({reason_of(error)})"
             _warn(f"{problem}, {also}; what fails from here on loses them")
             return _NOWHERE
         _warn(f"{problem}; they are in {self.spare.run(number)} while this request runs")
@@ -114,10 +115,6 @@ class Keeper:
             "software": software(),
         }
         write_latents(folder, latents, own.start, details)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _warn(text: str) -> None:

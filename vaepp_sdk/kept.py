@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.errors import UserError
-from vaepp_sdk.text import clean
+from vaepp_sdk.text import clean, reason_of
 
 __all__ = [
     "FORMAT",
@@ -160,7 +160,7 @@ def _checked(path: Path) -> dict[str, Any]:
                 body.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        raise UserError(f"{_name(path)} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{_name(path)} cannot be read: {reason_of(error)}") from error
     except _BrokenError as error:
         raise UserError(f"{_name(path)} is no file of kept latents: {error}") from None
     whole = found["latents"]["data_offsets"] == [0, size]

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vaepp_sdk.errors import OutputError
+from vaepp_sdk.text import reason_of
 
 __all__ = ["Origin", "PictureFolder", "slug"]
 
@@ -265,4 +266,4 @@ def _refused(path: Path, error: OSError) -> OutputError:
         return OutputError(
             f"{path} exists and is not replaced; name another output.dir, or write output.overwrite = true"
         )
-    return OutputError(f"cannot write {path}: {error.strerror or error}; name another output.dir")
+    return OutputError(f"cannot write {path}: {reason_of(error)}; name another output.dir")

@@ -16,6 +16,7 @@ from vaepp_sdk.errors import RankError, VaeppError, is_check
 from vaepp_sdk.events import Event, Progress, StageEnd, StageStart
 from vaepp_sdk.parallel.exchanges import EXCHANGES
 from vaepp_sdk.registry import Registry
+from vaepp_sdk.text import first_line, message_of, named
 
 __all__ = ["Observer", "PipelineStages", "PixelStages", "StageRunner", "step_callback"]
 
@@ -165,10 +166,7 @@ class StageRunner:
 
 def _one_line(error: Exception) -> str:
     """An error as one line; vaepp's own need no class name, and lists of faults keep their first line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, VaeppError):
-        return first
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return first_line(message_of(error)) if isinstance(error, VaeppError) else named(error)
 
 
 def _forget_peak(device: torch.device) -> None:

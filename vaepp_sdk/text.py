@@ -6,7 +6,17 @@ import math
 import re
 from typing import Any
 
-__all__ = ["clean", "key_path", "message_of", "shown", "told"]
+__all__ = [
+    "clean",
+    "first_line",
+    "key_path",
+    "message_of",
+    "named",
+    "one_line",
+    "reason_of",
+    "shown",
+    "told",
+]
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _TYPE_NAMES = {"datetime": "a date", "date": "a date", "time": "a time of day", "NoneType": "None"}
@@ -54,12 +64,30 @@ def message_of(error: BaseException, limit: int = 10_000) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
+def first_line(text: str) -> str:
+    """The first line of a text that says something, as it is; empty where none does."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """That line, safe to print and of a readable length."""
+    return clean(first_line(text), limit)
+
+
+def named(error: BaseException) -> str:
+    """An exception's class and the first line of what it says, as they are."""
+    name, first = type(error).__name__, first_line(message_of(error))
+    return f"{name}: {first}" if first else name
+
+
 def told(error: BaseException, limit: int = 300) -> str:
-    """An exception's class and what it says, in one line that is safe to print."""
-    lines = (line.strip() for line in message_of(error).splitlines())
-    first = next((line for line in lines if line), "")
-    name = type(error).__name__
-    return clean(f"{name}: {first}" if first else name, limit)
+    """The same, safe to print and of a readable length."""
+    return clean(named(error), limit)
+
+
+def reason_of(error: OSError) -> str:
+    """Why the system refused something, in its own words."""
+    return error.strerror or str(error)
 
 
 def key_path(path: str, key: object) -> str:

@@ -30,9 +30,10 @@ from vaepp_sdk.runtime.inplace import Launch, check_size, find_launch
 from vaepp_sdk.runtime.job import RunFolder
 from vaepp_sdk.runtime.pictures import make_store, read_pictures, write_pictures
 from vaepp_sdk.runtime.process import Ending
-from vaepp_sdk.runtime.records import ErrorRecord, one_line, read_record, write_record
+from vaepp_sdk.runtime.records import ErrorRecord, read_record, write_record
 from vaepp_sdk.runtime.stacks import waits_for_peers
 from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
+from vaepp_sdk.text import one_line
 
 MAKER = "from vaepp_sdk.runtime.job import RunFolder as F; f = F.create(); print(f.path, flush=True); input()"
 

@@ -15,6 +15,7 @@ from vaepp_sdk.dit.row import Row
 from vaepp_sdk.errors import RankError, UnsupportedError, UserError, VaeppError, is_check
 from vaepp_sdk.parallel.dims import AXES
 from vaepp_sdk.parallel.group import DiTGroup
+from vaepp_sdk.text import named
 
 __all__ = ["PromptShare"]
 
@@ -95,7 +96,7 @@ class PromptShare:
             if not is_check(error) or isinstance(error, VaeppError):
                 raise
             traceback.print_exc()  # the others' errors have no traceback, and neither has the one raised here
-            return {}, [_FAILED, _one_line(error)]
+            return {}, [_FAILED, named(error)]
 
     def _packed(self, encoded: dict[str, Any]) -> tuple[bytes, torch.Tensor]:
         """The description of all arguments, and the bytes of their tensors."""
@@ -126,11 +127,6 @@ def _raise(kind: str, what: str) -> NoReturn:
     if kind == _REFUSED:
         raise UnsupportedError(what)
     raise RankError(dist.get_rank(), "encode_prompt", what, harmless=True)
-
-
-def _one_line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _described(value: Any, name: str, pieces: list[torch.Tensor]) -> dict[str, Any]:

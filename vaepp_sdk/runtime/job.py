@@ -15,6 +15,7 @@ import attrs
 
 from vaepp_sdk.errors import OutputError
 from vaepp_sdk.spec.classes import LimitsSpec
+from vaepp_sdk.text import reason_of
 
 __all__ = ["Job", "RunFolder"]
 
@@ -59,9 +60,8 @@ class RunFolder:
         try:
             return cls._made()
         except OSError as error:
-            reason = error.strerror or str(error)
             raise OutputError(
-                f"the logs of ranks cannot be written to the folder for temporary files: {reason}; "
+                f"the logs of ranks cannot be written to the folder for temporary files: {reason_of(error)}; "
                 "make room there, or name another one in TMPDIR"
             ) from error
 

@@ -23,9 +23,9 @@ from vaepp_sdk.errors import (
     UserError,
     VaeppError,
 )
-from vaepp_sdk.text import clean, message_of
+from vaepp_sdk.text import message_of, one_line
 
-__all__ = ["ErrorRecord", "alike", "one_line", "read_record", "write_record"]
+__all__ = ["ErrorRecord", "alike", "read_record", "write_record"]
 
 _PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _PEER_WORDS = re.compile(
@@ -115,11 +115,6 @@ class ErrorRecord:
 def alike(records: Sequence[ErrorRecord]) -> bool:
     """Whether ranks raised the same in the same stage."""
     return len({(one.stage, one.name, one.message) for one in records}) == 1
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """The first line of a text that says something, safe to print and of a readable length."""
-    return clean(next((line.strip() for line in text.splitlines() if line.strip()), ""), limit)
 
 
 def write_record(record: ErrorRecord, path: Path) -> None:

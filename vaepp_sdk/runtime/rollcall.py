@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vaepp_sdk.errors import PeerError, RunError, UserError
 from vaepp_sdk.runtime.work import Seat
-from vaepp_sdk.text import clean
+from vaepp_sdk.text import clean, one_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -49,7 +49,7 @@ def launchers_store(seat: Seat, environment: Mapping[str, str]) -> Store:
         place = clean(f"{environment['MASTER_ADDR']}:{port}")
         problem = "cannot listen at" if holds else "finds no store at"
         hint = "; choose another MASTER_PORT" if holds else ", where rank 0 or the launcher holds it"
-        raise RunError(f"rank {seat.rank} {problem} {place}{hint} ({_first_line(error)})") from error
+        raise RunError(f"rank {seat.rank} {problem} {place}{hint} ({one_line(str(error), 200)})") from error
     store.set_timeout(seat.timeout)
     return PrefixStore(f"vaepp/attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -92,7 +92,3 @@ def _refuse(store: Store, fault: str) -> None:
 def _raise_fault(store: Store) -> None:
     if store.check([_FOUND_FAULT]):
         raise RunError(store.get(_FOUND_FAULT).decode())
-
-
-def _first_line(error: Exception) -> str:
-    return clean(str(error).partition("\n")[0], 200)

@@ -26,10 +26,11 @@ from vaepp_sdk.runtime.news import Answers, Ended, Happened, News, Ready, Refuse
 from vaepp_sdk.runtime.pace import stall
 from vaepp_sdk.runtime.pictures import read_pictures
 from vaepp_sdk.runtime.process import RankProcess, end_all, spawn
-from vaepp_sdk.runtime.records import ErrorRecord, alike, one_line, read_record
+from vaepp_sdk.runtime.records import ErrorRecord, alike, read_record
 from vaepp_sdk.runtime.rendezvous import listen
 from vaepp_sdk.runtime.stacks import ask_for_stacks
 from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
+from vaepp_sdk.text import one_line
 
 __all__ = ["Supervisor"]
 
