@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from counted import Counted, counted
 from diffusers import AutoencoderTiny
 from vae_models import tiny_flux2, tiny_kl
 from vae_zoo import build
-from vaepp_plugins import vae_common, vae_kl, vae_tiny
+from vaepp_plugins import vae_common
 from vaepp_strategies.layers.buffers import Buffers
 
 from vaepp_sdk import parallelize_vae
@@ -120,9 +120,7 @@ def traced_once(case: Case) -> Iterator[None]:
             TRACES[key] = trace_layers(module, run, shape)
         return TRACES[key]
 
-    with ExitStack() as stack:
-        for adapters in (vae_common, vae_kl, vae_tiny):
-            stack.enter_context(patch.object(adapters, "trace_layers", once))
+    with patch.object(vae_common, "trace_layers", once):
         yield
 
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
-
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.facts import Direction, TileGrid, VaeFacts
-from vaepp_sdk.vae.landing import ShardedSample
-from vaepp_sdk.vae.trace import LayerTrace, trace_layers
+from vaepp_plugins.vae_common import Adapter
+from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 
 __all__ = ["KLAdapter"]
 
 
-class KLAdapter(VaeAdapter):
+class KLAdapter(Adapter):
     """Adapts an AutoencoderKL; its tile geometry is that of diffusers' `tiled_decode` and `_tiled_encode`."""
-
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
 
     def facts(self) -> VaeFacts:
         """See `VaeAdapter.facts`."""
@@ -40,23 +30,11 @@ class KLAdapter(VaeAdapter):
             encode_tiles=self._grid(self._sample_tile, self._latent_tile),
             # Block input, norm output and activation output of the widest full-resolution layer.
             peak_values_per_pixel=3.0 * max(decoder_widths[0], decoder_widths[min(1, len(widths) - 1)]),
-            picture_layers=self._layers,
+            picture_layers=self.picture_layers((config.latent_channels, config.in_channels), ratio),
             # benchmarks/patch_halo.py, trained weights: the most a pixel at a seam is off, as a share of the
             # range, is 4.5e-2 with 4 rows, 2e-3 with 6 and 4e-5 with 8; one step of 8-bit pictures is 4e-3.
             context=8,
         )
-
-    def _layers(self, direction: Direction) -> LayerTrace:
-        return self._decode_layers if direction == "decode" else self._encode_layers
-
-    @cached_property
-    def _decode_layers(self) -> LayerTrace:
-        return trace_layers(self.vae, self.decode_window, (1, self.vae.config.latent_channels, 8, 8))
-
-    @cached_property
-    def _encode_layers(self) -> LayerTrace:
-        side = 8 * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return trace_layers(self.vae, self.encode_window, (1, self.vae.config.in_channels, side, side))
 
     @property
     def _sample_tile(self) -> tuple[int, int]:
@@ -83,18 +61,3 @@ class KLAdapter(VaeAdapter):
         if self.vae.quant_conv is not None:
             moments = self.vae.quant_conv(moments)
         return moments
-
-    def finish_decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """See `VaeAdapter.finish_decode`: this class changes nothing."""
-        return sample
-
-    def wrap_decode(self, sample: torch.Tensor | ShardedSample, return_dict: bool) -> Any:
-        """See `VaeAdapter.wrap_decode`."""
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def wrap_encode(self, moments: torch.Tensor | ShardedSample, return_dict: bool) -> Any:
-        """See `VaeAdapter.wrap_encode`: whole moments become the posterior, pieces stay pieces."""
-        posterior: Any = moments
-        if isinstance(moments, torch.Tensor):
-            posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
