@@ -162,13 +162,9 @@ def _shared(trace: LayerTrace, call: LayerCall) -> SharedCall | None:
     if call.kind == "GroupNorm":
         return SharedCall(call.name, "statistics", int(call.setting("num_groups")), Scale(1, 1))
     if call.kind == "Attention":
-        scale = _scale(trace.in_shape[-2], call.in_shape[-2])
+        scale = Scale.between(trace.in_shape[-2], call.in_shape[-2])
         return SharedCall(call.name, "kv", int(call.setting("inner_kv_dim")), scale)
     return None
-
-
-def _scale(input_rows: int, rows: int) -> Scale:
-    return Scale(rows // input_rows, 1) if rows >= input_rows else Scale(1, input_rows // rows)
 
 
 def _moves(plan: PatchPlan) -> tuple[Move, ...]:

@@ -11,14 +11,12 @@ from collections.abc import Collection
 import attrs
 
 from vaepp_sdk.vae.trace import LayerCall
+from vaepp_strategies.layers.even import VECTOR_VALUES
 
 __all__ = ["Sizes", "convolved_alike", "even_values", "exact_anywhere", "normalised_alike", "summed_alike"]
 
 _LEAST_VALUES = 20480
 """Inputs of no more values are convolved by other kernels than larger ones: torch counts them so."""
-
-_VECTOR_VALUES = 64
-"""Values of two of the widest vector registers, or of four of the narrower ones that sums are made in."""
 
 _IN_ORDER = 4
 """Sums of so few values are made in one order, wherever in a vector they stand."""
@@ -62,7 +60,6 @@ class Sizes:
         itemsize: bytes of a value.
         width: values at each position of one picture, or of all frames of a clip.
         frames: frames of a clip, or 1.
-        ranks: how many bands there are.
     """
 
     lengths: tuple[int, ...]
@@ -98,7 +95,7 @@ def exact_anywhere(operators: Collection[str]) -> bool:
 
 def even_values(sizes: Sizes) -> bool:
     """Whether no band, and so not the whole either, ends within a vector."""
-    return not any(size % _VECTOR_VALUES for size in sizes.values)
+    return not any(size % VECTOR_VALUES for size in sizes.values)
 
 
 def summed_alike(group: int, sizes: Sizes) -> bool:
@@ -108,7 +105,7 @@ def summed_alike(group: int, sizes: Sizes) -> bool:
         group: how many values are summed.
         sizes: what is summed; the channels of a position count as one.
     """
-    return group <= _IN_ORDER or not any(count % _VECTOR_VALUES for count in sizes.positions)
+    return group <= _IN_ORDER or not any(count % VECTOR_VALUES for count in sizes.positions)
 
 
 def normalised_alike(sizes: Sizes, channels: int, groups: int) -> bool:

@@ -35,7 +35,7 @@ from vaepp_strategies.shard_kinds import (
     PADS,
 )
 from vaepp_strategies.shard_steps import call_scale
-from vaepp_strategies.shard_windows import call_window, window_of
+from vaepp_strategies.shard_windows import call_window, calls_others, window_of
 
 __all__ = ["ReferenceLayer", "ReferenceStep", "reference_layers", "reference_steps", "whole_side"]
 
@@ -237,15 +237,11 @@ def _how(trace: LayerTrace, index: int, sizes: Sizes) -> How | None:
         # Sums of groups of channels, or of all of them.
         group = int(call.setting("group_size", _channels(trace, index)[0]))
         return None if summed_alike(group, sizes) else "whole"
-    if _calls_others(trace, index) or exact_anywhere(call.operators):
+    if calls_others(trace, index) or exact_anywhere(call.operators):
         return None
     if call.kind in _ACTIVATIONS:
         return None if even_values(sizes) else "even"
     return "whole"
-
-
-def _calls_others(trace: LayerTrace, index: int) -> bool:
-    return index + 1 < len(trace.calls) and trace.calls[index + 1].inside == index
 
 
 def _convolves(trace: LayerTrace, index: int) -> bool:
@@ -253,7 +249,7 @@ def _convolves(trace: LayerTrace, index: int) -> bool:
     kind = trace.calls[index].kind
     if kind in ("Conv2d", "Downsample2D", *CLIP_CONVOLUTIONS, *PADDING_DOWNSAMPLES):
         return True
-    return kind == "Sequential" and _calls_others(trace, index) and trace.calls[index + 1].kind in PADS
+    return kind == "Sequential" and calls_others(trace, index) and trace.calls[index + 1].kind in PADS
 
 
 def _convolution(trace: LayerTrace, index: int) -> LayerCall:
@@ -261,7 +257,7 @@ def _convolution(trace: LayerTrace, index: int) -> LayerCall:
     return next(
         call
         for at, call in enumerate(trace.calls[index:], index)
-        if "convolution" in call.operators and not _calls_others(trace, at)
+        if "convolution" in call.operators and not calls_others(trace, at)
     )
 
 
@@ -273,5 +269,4 @@ def _reach(trace: LayerTrace, index: int) -> Reach:
 
 
 def _out_scale(trace: LayerTrace, index: int) -> Scale:
-    rows, whole = trace.calls[index].out_shape[-2], trace.in_shape[-2]
-    return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
+    return Scale.between(trace.in_shape[-2], trace.calls[index].out_shape[-2])

@@ -10,7 +10,7 @@ import attrs
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work
 from vaepp_strategies.reference_layers import ReferenceLayer, whole_side
-from vaepp_strategies.shard_frames import traced
+from vaepp_strategies.shard_frames import traced, window_frames
 from vaepp_strategies.shard_plan import ShardPlan
 
 __all__ = ["ReferenceMemory"]
@@ -43,8 +43,7 @@ class ReferenceMemory:
 
     def _whole(self) -> int:
         """The most bytes while a layer runs on the whole."""
-        frames = {span.length for span in self.plain.times} or set(self.work.shape[2:-2]) or {0}
-        return max(self._in_window(count) for count in frames)
+        return max(self._in_window(count) for count in set(window_frames(self.work, self.plain.times)))
 
     def _in_window(self, frames: int) -> int:
         trace = traced(self.facts, self.work.direction, frames)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from vaepp_sdk.vae.facts import Direction, VaeFacts
+from vaepp_sdk.vae.plan import Work
 from vaepp_sdk.vae.trace import LayerTrace
+from vaepp_strategies.tile_geometry import Span
 
-__all__ = ["over_frames", "traced"]
+__all__ = ["over_frames", "traced", "window_frames"]
 
 Step = TypeVar("Step")
+
+
+def window_frames(work: Work, times: Sequence[Span]) -> list[int]:
+    """Frames of the input in each window in which a VAE runs it, one after the other; 0 for a picture.
+
+    Args:
+        work: what is asked.
+        times: the windows of a long clip; none where it runs in one piece.
+    """
+    return [span.length for span in times] or [work.shape[2] if len(work.shape) == 5 else 0]
 
 
 def traced(facts: VaeFacts, direction: Direction, frames: int = 0) -> LayerTrace:
@@ -22,9 +34,8 @@ def traced(facts: VaeFacts, direction: Direction, frames: int = 0) -> LayerTrace
     if layers is not None and frames:
         enough, chunk = layers.frames(direction)
         if chunk and frames > enough:
-            frames = (
-                enough + (frames - enough) % chunk
-            )  # the first chunk takes what is left over, or drops it
+            # The first chunk takes what is left over, or drops it.
+            frames = enough + (frames - enough) % chunk
     trace = facts.layers(direction, frames)
     assert trace is not None, "the layers are known"
     return trace

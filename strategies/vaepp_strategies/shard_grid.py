@@ -127,19 +127,10 @@ class GridStrategy(ShardStrategy):
         """See `Strategy.plan`."""
         return plan_grid(facts, work)
 
-    def decode(  # type: ignore[override]
-        self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: GridPlan
+    def run(  # type: ignore[override]
+        self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan
     ) -> Landed:
-        """See `Strategy.decode`."""
-        return self._land(adapter, latent, group, plan)
-
-    def encode(  # type: ignore[override]
-        self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: GridPlan
-    ) -> Landed:
-        """See `Strategy.encode`."""
-        return self._land(adapter, picture, group, plan)
-
-    def _land(self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: GridPlan) -> Landed:
+        """See `ShardStrategy.run`."""
         landed = run_grid(adapter, value, group, plan)
         if group.rank == 0 and value.device.type == "cuda" and not self._warned:
             self._warned = _warn_of_choice()

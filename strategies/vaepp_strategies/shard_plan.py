@@ -13,7 +13,7 @@ from vaepp_sdk.vae.plan import Box, Move, Window, Work, WorkPlan, split_evenly
 from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.reach import Reach
-from vaepp_strategies.shard_frames import over_frames, traced
+from vaepp_strategies.shard_frames import over_frames, traced, window_frames
 from vaepp_strategies.shard_front import Front, Repeat, plan_front, with_front
 from vaepp_strategies.shard_limit import BlockPlan, RowBlocks, plan_blocks
 from vaepp_strategies.shard_memory import BandMemory
@@ -143,7 +143,7 @@ def _exchanges(
     def of_clip(trace: LayerTrace) -> ShardSteps:
         return shard_steps(trace, giving=giving)
 
-    frames = [span.length for span in times] or [work.shape[2]]
+    frames = window_frames(work, times)
     first = of_clip(traced(facts, work.direction, frames[0]))
     steps = (
         step

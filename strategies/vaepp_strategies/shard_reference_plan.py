@@ -18,7 +18,7 @@ from vaepp_strategies.reference_layers import (
     reference_steps,
 )
 from vaepp_strategies.reference_memory import ReferenceMemory
-from vaepp_strategies.shard_frames import over_frames, traced
+from vaepp_strategies.shard_frames import over_frames, traced, window_frames
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 from vaepp_strategies.tile_geometry import Span
 
@@ -78,7 +78,7 @@ def plan_reference(facts: VaeFacts, work: Work) -> ReferencePlan:
         layers=tuple(layers.values()),
         steps=tuple(
             step
-            for frames in _frames(work, plain)
+            for frames in window_frames(work, plain.times)
             for step in over_frames(
                 facts, work.direction, frames, lambda trace: reference_steps(trace, layers)
             )
@@ -87,18 +87,15 @@ def plan_reference(facts: VaeFacts, work: Work) -> ReferencePlan:
     return attrs.evolve(plan, moves=_moves(plan))
 
 
-def _frames(work: Work, plain: ShardPlan) -> list[int]:
-    """The frames of every window of a clip; pictures have none."""
-    return [span.length for span in plain.times] or [work.shape[2] if len(work.shape) == 5 else 0]
-
-
 def _layers(facts: VaeFacts, work: Work, plain: ShardPlan) -> dict[str, ReferenceLayer]:
     """How layers run; none where one rank should run them all."""
     latent = work.shape if work.direction == "decode" else plain.out_shape
     # In a strip one latent wide, one row has no memory format, by which kernels are chosen.
     if len(plain.windows) == 1 or 1 in latent[-2:]:
         return {}
-    traces = [traced(facts, work.direction, frames) for frames in sorted(set(_frames(work, plain)))]
+    traces = [
+        traced(facts, work.direction, frames) for frames in sorted(set(window_frames(work, plain.times)))
+    ]
     layers = reference_layers(traces, work.direction, plain.parts, work)
     return layers if any(layer.how in ("channels", "rows") for layer in layers.values()) else {}
 

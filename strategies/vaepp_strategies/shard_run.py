@@ -64,11 +64,15 @@ class ShardStrategy:
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
         """See `Strategy.decode`."""
-        return _run(adapter, latent, group, plan)
+        return self.run(adapter, latent, group, plan)
 
     def encode(self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
         """See `Strategy.encode`."""
-        return _run(adapter, picture, group, plan)
+        return self.run(adapter, picture, group, plan)
+
+    def run(self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: ShardPlan) -> Landed:
+        """Decode or encode, as the plan says."""
+        return _run(adapter, value, group, plan)
 
 
 def window_call(adapter: VaeAdapter, direction: Direction) -> WindowCall:

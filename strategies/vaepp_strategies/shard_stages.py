@@ -203,5 +203,4 @@ def _window(kind: StageKind, calls: list[LayerCall]) -> Window | None:
 
 
 def _scale(trace: LayerTrace, shape: tuple[int, ...]) -> Scale:
-    rows, whole = shape[-2], trace.in_shape[-2]
-    return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
+    return Scale.between(trace.in_shape[-2], shape[-2])

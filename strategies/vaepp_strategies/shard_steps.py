@@ -348,8 +348,7 @@ def _linear_sums(trace: LayerTrace, index: int) -> int:
 def call_scale(trace: LayerTrace, index: int) -> Scale:
     """A call's resolution; inside attention, where positions are in one row, that of the attention."""
     rows = _shape(trace, index)[-2] - padded_by(trace, index)
-    whole = trace.in_shape[-2]
-    return Scale(rows // whole, 1) if rows >= whole else Scale(1, whole // rows)
+    return Scale.between(trace.in_shape[-2], rows)
 
 
 def _shape(trace: LayerTrace, index: int) -> tuple[int, ...]:

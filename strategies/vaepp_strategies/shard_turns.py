@@ -38,21 +38,13 @@ class BlockStrategy(ShardStrategy):
             return super().plan(facts, work)
         return plan_turns(facts, work, self._row_blocks)
 
-    def decode(
-        self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: ShardPlan | GridPlan
+    def run(
+        self, adapter: VaeAdapter, value: torch.Tensor, group: VaeGroup, plan: ShardPlan | GridPlan
     ) -> Landed:
-        """See `Strategy.decode`."""
+        """See `ShardStrategy.run`."""
         if isinstance(plan, GridPlan):
-            return run_grid(adapter, latent, group, plan)
-        return super().decode(adapter, latent, group, plan)
-
-    def encode(
-        self, adapter: VaeAdapter, picture: torch.Tensor, group: VaeGroup, plan: ShardPlan | GridPlan
-    ) -> Landed:
-        """See `Strategy.encode`."""
-        if isinstance(plan, GridPlan):
-            return run_grid(adapter, picture, group, plan)
-        return super().encode(adapter, picture, group, plan)
+            return run_grid(adapter, value, group, plan)
+        return super().run(adapter, value, group, plan)
 
 
 def plan_turns(facts: VaeFacts, work: Work, wanted: RowBlocks) -> GridPlan:

@@ -19,7 +19,7 @@ from vaepp_sdk.vae.trace import LayerTrace
 from vaepp_strategies.layers.norm import CHUNK_VALUES
 from vaepp_strategies.layers.parts import Part, Parts
 from vaepp_strategies.layers.reach import SHORT_BAND, Reach
-from vaepp_strategies.shard_frames import traced
+from vaepp_strategies.shard_frames import traced, window_frames
 from vaepp_strategies.shard_kinds import (
     CACHED_CONVOLUTIONS,
     CLIP_INTERPOLATING,
@@ -102,9 +102,7 @@ class TracedMemory:
     @property
     def _windows(self) -> set[int]:
         """How many frames of the input the VAE runs at a time; a picture has none."""
-        return {span.length for span in self.times} or {
-            self.work.shape[2] if self.facts.temporal_ratio else 0
-        }
+        return set(window_frames(self.work, self.times))
 
     def _out_frames(self, frames: int) -> int:
         return self.facts.out_frames(self.work.direction, frames) if self.facts.temporal_ratio else 1

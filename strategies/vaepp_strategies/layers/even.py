@@ -6,6 +6,7 @@ exponential. A band has such an end of its own, and must have the whole tensor's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from vaepp_strategies.layers.parts import Scale
 from vaepp_strategies.layers.whole import WholeBands, axes_in_memory
 
-__all__ = ["even_activation"]
+__all__ = ["VECTOR_VALUES", "even_activation"]
 
-_VECTOR_VALUES = 64
-"""Values of two of the widest vector registers; narrower ones divide it."""
+VECTOR_VALUES = 64
+"""Values of two of the widest vector registers, or of four of the narrower ones that sums are made in."""
 
 
 def even_activation(layer: Any, bands: WholeBands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -32,7 +33,7 @@ def even_activation(layer: Any, bands: WholeBands, scale: Scale) -> Callable[[to
 
     def forward(values: torch.Tensor) -> torch.Tensor:
         flat, size = _in_memory_order(values), values.numel()
-        padded = flat.new_zeros(-(-size // _VECTOR_VALUES) * _VECTOR_VALUES)
+        padded = flat.new_zeros(-(-size // VECTOR_VALUES) * VECTOR_VALUES)
         padded[:size] = flat
         result = torch.empty_like(values)
         _in_memory_order(result).copy_(own(layer, padded)[:size])
@@ -50,10 +51,8 @@ def _write_end(
     start, length = bands.span(bands.group.rank, scale)
     shape = list(values.shape)
     shape[axis] = sum(bands.parts.core_length(rank, scale) for rank in range(bands.ranks))
-    size = 1
-    for count in shape:
-        size *= count
-    ending = min(size, _VECTOR_VALUES + size % _VECTOR_VALUES)
+    size = math.prod(shape)
+    ending = min(size, VECTOR_VALUES + size % VECTOR_VALUES)
     places, place = [torch.empty(0)] * len(shape), torch.arange(size - ending, size, device=values.device)
     for at in reversed(axes_in_memory(values)):
         places[at], place = place % shape[at], place // shape[at]

@@ -14,6 +14,11 @@ class Scale:
     up: int
     down: int
 
+    @classmethod
+    def between(cls, whole: int, rows: int) -> Scale:
+        """That of a layer with so many rows for an input with `whole` rows."""
+        return cls(rows // whole, 1) if rows >= whole else cls(1, whole // rows)
+
 
 @attrs.frozen
 class Part:
