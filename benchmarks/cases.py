@@ -199,12 +199,17 @@ def _vae(case: Case, device: torch.device) -> Any:
     """A VAE with random weights, the same on every rank."""
     logging.set_verbosity_error()  # or it warns of a cast to the type the model already has
     torch.manual_seed(0)
-    return new_vae(case).to(device, getattr(torch, case.dtype)).eval()
+    return new_vae(case.vae, case.sample_size).to(device, getattr(torch, case.dtype)).eval()
 
 
-def new_vae(case: Case) -> Any:
-    """The VAE of a case, with fresh random weights on torch's default device."""
-    widths = WIDTHS[case.vae]
+def new_vae(name: str, sample_size: int = 1024) -> Any:
+    """A VAE with fresh random weights on torch's default device.
+
+    Args:
+        name: a key of `WIDTHS`.
+        sample_size: its tile, in pixels.
+    """
+    widths = WIDTHS[name]
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -212,7 +217,7 @@ def new_vae(case: Case) -> Any:
         layers_per_block=2,
         latent_channels=16,
         norm_num_groups=min(32, widths[0] // 2),
-        sample_size=case.sample_size,
+        sample_size=sample_size,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
@@ -225,15 +230,5 @@ def new_vae(case: Case) -> Any:
 
 def full_vae() -> Any:
     """The full-width VAE without weights, whose shapes can be counted."""
-    case = Case(
-        vae="full",
-        sample_size=1024,
-        pixels=0,
-        dtype="bfloat16",
-        ranks=1,
-        strategies=(),
-        repeats=0,
-        device="cpu",
-    )
     with torch.device("meta"):
-        return new_vae(case)
+        return new_vae("full")

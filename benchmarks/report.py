@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cases import Case
 
-__all__ = ["environment", "print_table", "rows", "save", "write"]
+__all__ = ["environment", "print_table", "rows", "save", "sent", "write"]
 
 MIB = 2**20
 
@@ -39,6 +39,22 @@ def environment() -> dict[str, Any]:
 def _module() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return [spec.name] if spec else []
+
+
+def sent(ranks: Sequence[Mapping[str, Any]], nbytes: str) -> dict[str, Any]:
+    """What all ranks sent, and the busiest one.
+
+    Args:
+        ranks: each one's figures: `messages`, `rounds`, and bytes.
+        nbytes: the name of the bytes.
+    """
+    return {
+        "mib": sum(rank[nbytes] for rank in ranks) / MIB,
+        "busiest_mib": max(rank[nbytes] for rank in ranks) / MIB,
+        "messages": sum(rank["messages"] for rank in ranks),
+        "busiest_messages": max(rank["messages"] for rank in ranks),
+        "rounds": max(rank["rounds"] for rank in ranks),
+    }
 
 
 def rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

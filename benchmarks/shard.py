@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from vaepp_plugins.vae_kl import KLAdapter
 
-from benchmarks.cases import WIDTHS, Case, new_vae
+from benchmarks.cases import WIDTHS, new_vae
 from benchmarks.report import MIB, environment
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.parallel.view import VaeGroup
@@ -54,17 +54,7 @@ def measure(rank: int, job: Job) -> dict[str, Any]:
     """One rank's peak, work, CPU time and traffic."""
     dtype = getattr(torch, job.dtype)
     torch.manual_seed(0)
-    case = Case(
-        vae=job.vae,
-        sample_size=job.tile,
-        pixels=job.pixels,
-        dtype=job.dtype,
-        ranks=job.ranks,
-        strategies=(),
-        repeats=1,
-        device="cpu",
-    )
-    vae = torch.nn.Module.to(new_vae(case), dtype).eval().requires_grad_(False)
+    vae = torch.nn.Module.to(new_vae(job.vae, job.tile), dtype).eval().requires_grad_(False)
     vae.use_tiling = job.what in ("tiled", "tile")
     decoding = job.direction == "decode"
     side = job.pixels // 8 if decoding else job.pixels

@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import full_vae
-from benchmarks.report import environment, write
+from benchmarks.report import environment, sent, write
 from benchmarks.row_peer import RowPeer
 from vaepp_sdk.entries import load_object
 from vaepp_sdk.parallel.view import Pending, Recv, Send, VaeGroup
 from vaepp_sdk.registry import default_registry
 from vaepp_sdk.vae.plan import Work
 
-MIB = 2**20
 WAYS = ("row sharding", "shard", "shard, repeat = never")
 _COLUMNS = ("pixels", "ranks", "what", "MiB", "busiest", "messages", "busiest", "rounds", "work")
 
@@ -120,11 +119,7 @@ def _row(pixels: int, ranks: int, way: str, each: Sequence[dict[str, int]], unti
         "pixels": pixels,
         "ranks": ranks,
         "what": way,
-        "mib": sum(one["bytes"] for one in each) / MIB,
-        "busiest_mib": max(one["bytes"] for one in each) / MIB,
-        "messages": sum(one["messages"] for one in each),
-        "busiest_messages": max(one["messages"] for one in each),
-        "rounds": max(one["rounds"] for one in each),
+        **sent(each, "bytes"),
         "work": max(one["work"] for one in each) * ranks / untiled,
     }
 

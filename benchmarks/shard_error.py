@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, new_vae
+from benchmarks.cases import new_vae
 from vaepp_sdk import parallelize_vae
 from vaepp_sdk.testing import run_ranks
 
@@ -72,18 +72,8 @@ def measure(rank: int, name: str, inputs: int, side: int, dtype: str) -> dict[st
 def _made(name: str, inputs: int, side: int) -> tuple[Any, Sequence[torch.Tensor]]:
     """The VAE in float32, and what it decodes: crops of photos and their mirror images, or noise."""
     if name == "random":
-        case = Case(
-            vae="thin",
-            sample_size=1024,
-            pixels=0,
-            dtype="float32",
-            ranks=1,
-            strategies=(),
-            repeats=0,
-            device="cpu",
-        )
         torch.manual_seed(0)
-        vae = new_vae(case).eval()
+        vae = new_vae("thin").eval()
         noise = torch.Generator().manual_seed(1)
         return vae, [torch.randn(1, 16, side, side, generator=noise) for _ in range(inputs)]
     vae = thin_kl()

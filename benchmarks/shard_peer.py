@@ -23,8 +23,8 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from benchmarks.cases import WIDTHS, Case, new_vae
-from benchmarks.report import MIB, environment, write
+from benchmarks.cases import WIDTHS, new_vae
+from benchmarks.report import MIB, environment, sent, write
 from benchmarks.row_peer import RowPeer
 from benchmarks.shard_bytes import operations
 from benchmarks.wire import counting
@@ -58,19 +58,9 @@ class Job:
 
     def made(self, device: str) -> tuple[Any, torch.Tensor]:
         """The VAE and a latent, the same on every rank."""
-        case = Case(
-            vae=self.vae,
-            sample_size=self.pixels,
-            pixels=self.pixels,
-            dtype=self.dtype,
-            ranks=1,
-            strategies=(),
-            repeats=0,
-            device="cpu",
-        )
         torch.manual_seed(0)
         with torch.device(device):
-            vae = torch.nn.Module.to(new_vae(case), getattr(torch, self.dtype))
+            vae = torch.nn.Module.to(new_vae(self.vae, self.pixels), getattr(torch, self.dtype))
         side = self.pixels // 8
         latent = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(1))
         return vae.eval().requires_grad_(False), latent.to(device, getattr(torch, self.dtype))
@@ -165,11 +155,7 @@ def _row(ranks: int, name: str, each: Sequence[dict[str, Any]], untiled: dict[st
     row = {
         "ranks": ranks,
         "what": name,
-        "mib": sum(one["layers"] for one in each) / MIB,
-        "busiest_mib": max(one["layers"] for one in each) / MIB,
-        "messages": sum(one["messages"] for one in each),
-        "busiest_messages": max(one["messages"] for one in each),
-        "rounds": max(one["rounds"] for one in each),
+        **sent(each, "layers"),
     }
     for figure in ("peak", "work", "wall", "cpu"):
         if figure in each[0] and figure in untiled:

@@ -2,10 +2,9 @@
 
 Ranks of a small Z-Image checkpoint are started by hand, as a launcher would: one never comes, one believes in
 a job of another size, one is there twice, the port is a stranger's; or one has another spec, version or set
-of plugins. Then torchrun starts them, alone or as
-two agents, and a rank is killed, stuck, or raises. Exits with 1 where a row misses a goal: the cause named,
-exit codes that are not 0, all processes gone within 10 s (after the limit, where somebody is waited for), one
-voice, and no picture.
+of plugins. Then torchrun starts them, alone or as two agents, and a rank is killed, stuck, or raises. Exits
+with 1 where a row misses a goal: the cause named, exit codes that are not 0, all processes gone within 10 s
+(after the limit, where somebody is waited for), one voice, and no picture.
 """
 
 from __future__ import annotations
