@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline_jobs import loaded, resolved_for, run
 from torch.distributed import distributed_c10d
 
-from vaepp_sdk.errors import PeerError, RankError, VaeppWarning
+from vaepp_sdk.errors import PeerError, RankError, UnsupportedError, VaeppWarning
 from vaepp_sdk.events import Progress
 from vaepp_sdk.executor import Executor
 from vaepp_sdk.resolve import Resolved
@@ -208,9 +208,23 @@ def short_of_memory(module: Any, arguments: tuple[Any, ...]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
+def refused_while_loading(model: str) -> str:
+    """What is said of tiles that the VAE does not have, before anything is denoised."""
+    resolved = resolved_for(
+        model,
+        parallel={"tensor_parallel_size": 2, "vae_patch_parallel_size": 2},
+        vae={"strategy": "tile", "options": {"tile_size": 20}},
+    )
+    try:
+        loaded(resolved)
+    except UnsupportedError as error:
+        return str(error)
+    return "nothing"
+
+
 def short_rank(rank: int, model: str, folder: str) -> dict[str, Any]:
     """Requests for which rank 1's memory is not enough, and one with the tiles they come to."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"refused": refused_while_loading(model)}
     small = {"strategy": "tile", "options": {"tile_size": 32}}
     todo = (("spread", 2, {"strategy": "tile"}), ("plain", 1, {"output": "all"}), ("at once", 2, small))
     for name, size, vae in todo:
@@ -240,6 +254,8 @@ def test_the_picture_comes_out_where_a_ranks_memory_is_short(tiny_model: Path, t
     first = everyone[0]
     sentence = "rank 1 ran out of memory with strategy 'tile'; going on with strategy 'tile' (tile_size = 32)"
     for rank, found in enumerate(everyone):
+        assert "20" in found["refused"]
+        assert "tile_size" in found["refused"]
         assert found["spread"]["notices"] == (sentence,)
         assert found["spread"]["warned"] == ([] if rank else [f"decode: {sentence}"])
         assert found["plain"]["notices"] == first["plain"]["notices"]

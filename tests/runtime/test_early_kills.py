@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli.commands import environment, write_spec
+
+from benchmarks.faults import processes_of
 
 MOMENTS = (0.0, 0.01, 0.03, 0.1, 0.3)
 """Seconds from a rank's start to the kill: before the interpreter runs, while it imports, and after."""
@@ -56,19 +58,9 @@ pipe()
 """
 
 
-def of(mark: str) -> list[int]:
-    """The processes that carry a mark in their environment; those that have ended have none."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"VAEPP_MARK={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found
-
-
-def wait_for(condition: object, seconds: float = 60.0) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> bool:
     limit = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > limit:
             return False
         time.sleep(0.005)
@@ -81,16 +73,16 @@ def left_after_kill(command: list[str], moment: float, tmp_path: Path) -> list[i
     path = os.pathsep.join([str(tmp_path), *sys.path])
     with subprocess.Popen(
         command,
-        env=environment(tmp_path, VAEPP_MARK=mark, PYTHONPATH=path),
+        env=environment(tmp_path, VAEPP_FAULT_RUN=mark, PYTHONPATH=path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as parent:
-        started = wait_for(lambda: len(of(mark)) > 1)
+        started = wait_for(lambda: len(processes_of(mark)) > 1)
         time.sleep(moment)
         parent.kill()
     assert started
-    wait_for(lambda: not of(mark), 20)
-    return of(mark)
+    wait_for(lambda: not processes_of(mark), 20)
+    return processes_of(mark)
 
 
 @pytest.mark.parametrize("kind", ["vaepp", "torchrun"])
@@ -120,10 +112,10 @@ def test_a_script_of_ones_own_ends_with_its_launcher(tmp_path: Path, tiny_model:
     fault = '{"kind": "hold", "rank": 0, "stage": "denoise"}'
     with subprocess.Popen(
         [sys.executable, "-c", AGENT, sys.executable, "-c", SCRIPT, str(spec)],
-        env=environment(tmp_path, VAEPP_MARK=mark, READY=str(ready), VAEPP_TEST_FAULT=fault),
+        env=environment(tmp_path, VAEPP_FAULT_RUN=mark, READY=str(ready), VAEPP_TEST_FAULT=fault),
     ) as launcher:
         assert wait_for(lambda: ready.exists() and ready.read_text())
         time.sleep(0.5)
         launcher.kill()
     assert ready.read_text() == "as before"
-    assert wait_for(lambda: not of(mark), 5)
+    assert wait_for(lambda: not processes_of(mark), 5)

@@ -93,6 +93,11 @@ TEXTS: dict[str, tuple[str | bytes, str, str]] = {
     "height true": (MODEL + "[call]\nheight = true", "$.call.height", "an integer"),
     "height zero": (MODEL + "[call]\nheight = 0", "$.call.height", "at least 1"),
     "height negative": (MODEL + "[call]\nheight = -8", "$.call.height", "at least 1"),
+    "text huge": (
+        MODEL + "[call]\nmax_sequence_length = 65537",
+        "$.call.max_sequence_length",
+        "at most 65536",
+    ),
     "width huge": (MODEL + f"[call]\nwidth = {10**30}", "$.call.width", "at most 65536"),
     "steps zero": (MODEL + "[call]\nnum_inference_steps = 0", "$.call.num_inference_steps", "at least 1"),
     "steps negative": (MODEL + "[call]\nnum_inference_steps = -1", "$.call.num_inference", "at least 1"),
