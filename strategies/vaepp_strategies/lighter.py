@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vaepp_sdk import Rung
-from vaepp_sdk.vae.facts import VaeFacts
+from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.plan import Work
 
 __all__ = ["below_patch", "below_shard", "below_tile"]
@@ -36,12 +37,20 @@ def below_tile(options: Mapping[str, Any], facts: VaeFacts, work: Work) -> list[
     if grid is None:
         return []
     own = max(grid.tile) * (facts.spatial_ratio if work.direction == "decode" else 1)
-    kept = dict(options)
-    if grid.overlap is None and "tile_overlap_factor" not in kept:
-        # A class that states steps needs a factor before its tiles can have another size: the one it has.
-        kept["tile_overlap_factor"] = max(grid.blend) / (max(grid.blend) + max(grid.keep))
+    overlap = options.get("tile_overlap_factor", grid.overlap)
+    if overlap is None:  # a class that states steps: what it has
+        overlap = max(grid.blend) / (max(grid.blend) + max(grid.keep))
     sizes = _halves(options.get("tile_size") or own, own // _SMALLEST, facts.spatial_ratio)
-    return [Rung("tile", {**kept, "tile_size": size}) for size in sizes]
+    return [
+        Rung("tile", {**options, "tile_size": size, **_fitting(size // facts.spatial_ratio, overlap, grid)})
+        for size in sizes
+    ]
+
+
+def _fitting(latents: int, overlap: float, grid: TileGrid) -> dict[str, float]:
+    """The overlap with which tiles of so many latents advance by whole ones: small tiles overlap by more."""
+    fitting = math.ceil(latents * overlap) / latents
+    return {} if fitting == grid.overlap else {"tile_overlap_factor": fitting}
 
 
 def _halves(size: int, least: int, unit: int) -> Iterator[int]:

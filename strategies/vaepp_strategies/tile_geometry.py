@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import attrs
@@ -46,7 +47,7 @@ def replaced_facts(facts: VaeFacts, tile_size: int | None, overlap: float | None
 
     Raises:
         UnsupportedError: the tile size is no multiple of the VAE's pixels per latent, or the class's own
-            tiling has no overlap factor to replace.
+            tiling has no overlap factor to replace, or tiles would not advance by whole latents.
     """
     if tile_size is None and overlap is None:
         return facts
@@ -56,13 +57,13 @@ def replaced_facts(facts: VaeFacts, tile_size: int | None, overlap: float | None
             f"tile_size is {tile_size}; it must be a positive multiple of {ratio}, the pixels per latent of "
             f"{facts.vae_class}; nearest: {max(1, round(tile_size / ratio)) * ratio}"
         )
+    decode = _replaced(facts, facts.decode_tiles, tile_size and tile_size // ratio, tile_size, overlap)
+    _refuse_shifts(decode, ratio)
     return attrs.evolve(
         facts,
         # Whoever names a tile size wants tiles, whatever the VAE's own switch says.
         use_tiling=facts.use_tiling or tile_size is not None,
-        decode_tiles=_replaced(
-            facts, facts.decode_tiles, tile_size and tile_size // ratio, tile_size, overlap
-        ),
+        decode_tiles=decode,
         encode_tiles=_replaced(
             facts, facts.encode_tiles, tile_size, tile_size and tile_size // ratio, overlap
         ),
@@ -84,7 +85,45 @@ def _replaced(
     replaced = TileGrid.overlapping(
         (tile, tile) if tile else grid.tile, (out_tile, out_tile) if out_tile else own_out, overlap
     )
-    return attrs.evolve(replaced, broken=grid.broken)
+    # How clips are cut in time, and the other ways of the class, are as before.
+    return attrs.evolve(
+        grid,
+        tile=replaced.tile,
+        step=replaced.step,
+        blend=replaced.blend,
+        keep=replaced.keep,
+        overlap=overlap,
+        above=None,
+    )
+
+
+def _refuse_shifts(grid: TileGrid | None, ratio: int) -> None:
+    """Refuse tiles that advance by less than is kept of them: what they join to would have another size.
+
+    A class that has such attributes does so itself; here the geometry was asked for.
+
+    Args:
+        grid: the tiling of decode; that of encode has the same latents.
+        ratio: pixels per latent.
+
+    Raises:
+        UnsupportedError: with the overlap that would work.
+    """
+    if grid is None or _advances_whole(grid, ratio):
+        return
+    tile, overlap, parts = grid.tile, grid.overlap or 0.0, math.gcd(*grid.tile)
+    out = (tile[0] * ratio, tile[1] * ratio)
+    larger = (part / parts for part in range(1, parts) if part > overlap * parts)
+    fitting = [some for some in larger if _advances_whole(TileGrid.overlapping(tile, out, some), ratio)]
+    remedy = f"tile_overlap_factor = {fitting[0]} does, or choose larger" if fitting else "choose larger"
+    raise UnsupportedError(
+        f"tiles of {tile[0]} x {tile[1]} latents that overlap by {overlap:g} do not advance by whole "
+        f"latents; {remedy} ones"
+    )
+
+
+def _advances_whole(grid: TileGrid, ratio: int) -> bool:
+    return grid.keep == (grid.step[0] * ratio, grid.step[1] * ratio)
 
 
 def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span, ...]]:

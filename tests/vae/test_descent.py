@@ -13,6 +13,7 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
+from shard_cases import BUILDERS, whole
 from torch import nn
 from vae_models import tiny_kl
 
@@ -41,6 +42,7 @@ class Case:
     Attributes:
         strategy: what is asked for.
         options: its options.
+        vae: what runs it; see `shard_cases.BUILDERS`.
         output: where results land.
         size: how many ranks share the work; None is all.
         batch: pictures.
@@ -53,6 +55,7 @@ class Case:
 
     strategy: str
     options: Mapping[str, Any] = attrs.field(factory=dict)
+    vae: str = "kl"
     output: str = "all"
     size: int | None = None
     batch: int = 1
@@ -62,6 +65,14 @@ class Case:
     limit: int = 0
     error: int = 0
 
+
+SHAPES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "kl": ((16, 13, 9), (104, 72)),
+    "wan": ((4, 2, 13, 9), (5, 104, 72)),
+    "hunyuan 1.5": ((4, 2, 7, 5), (5, 112, 80)),
+    "ltx 2": ((4, 3, 8, 5), (17, 256, 160)),
+}
+"""Of each VAE a latent, and the frames of a clip, the rows and the columns of what it encodes."""
 
 # The VAE's own tiles have 8 x 8 latents: by what fits on the bad rank, one step down is enough, or two.
 TILES = [
@@ -87,6 +98,11 @@ OTHERS = [
     Case(strategy="shard", encode=True, bad=(0,), at=7, output="rank0"),
     Case(strategy="tile", options={"tile_size": 32}, batch=4, bad=(1,), limit=15),
 ]
+CLIPS = [
+    Case(strategy="shard", vae="wan", bad=(1,), at=30),
+    Case(strategy="shard", vae="hunyuan 1.5", encode=True, bad=(0,), at=20, output="sharded"),
+    Case(strategy="shard", vae="ltx 2", bad=(0, 1), limit=16, output="rank0"),
+]
 # Of four ranks two or three share the work; the others only help it land.
 PART = [
     Case(strategy="shard", size=3, bad=(2,), at=6),
@@ -97,15 +113,15 @@ PART = [
 
 
 def made(case: Case) -> Any:
-    vae = tiny_kl()
-    if case.strategy == "tile":
-        vae.enable_tiling()
+    vae = BUILDERS[case.vae](dtype=torch.float32)
+    vae.enable_tiling() if case.strategy == "tile" else vae.disable_tiling()
     return vae
 
 
 def value(case: Case) -> torch.Tensor:
-    """13 x 9 latents, or as many pixels as they have."""
-    shape = (case.batch, 3, 104, 72) if case.encode else (case.batch, 16, 13, 9)
+    """A latent, or what is encoded to one; alike on every rank."""
+    latent, picture = SHAPES[case.vae]
+    shape = (case.batch, 3, *picture) if case.encode else (case.batch, *latent)
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
@@ -134,7 +150,7 @@ class Short:
 
 
 def run(vae: ParallelVAE, case: Case, given: torch.Tensor) -> Any:
-    return vae.encode(given).latent_dist.parameters if case.encode else vae.decode(given).sample
+    return whole(vae.encode(given) if case.encode else vae.decode(given))
 
 
 def settled(vae: ParallelVAE) -> Step:
@@ -196,15 +212,17 @@ def one_case(rank: int, case: Case) -> dict[str, Any]:
         before = short.struck if short else 0
         again = run(wrapped, case, given)  # goes straight to the plan that served
         direct = at_once(case, step, given)
-    whole = isinstance(found, torch.Tensor) and found.shape[0] > 0
+    facts, direction = wrapped._adapter.facts(), "encode" if case.encode else "decode"
+    landed = isinstance(found, torch.Tensor) and found.shape[0] > 0
     return {
         "struck": before,
         "struck again": (short.struck if short else 0) - before,
         "steps": [str(one) for one in wrapped.steps_down],
         "ranks": [one.ranks for one in wrapped.steps_down],
         "said": sum("ran out of memory" in str(one.message) for one in caught),
+        "size": not landed or found.shape == facts.out_shape(direction, given.shape),
         "direct": same(found, direct) and same(again, direct),
-        "alone": step.rung.strategy != "tile" or not whole or torch.equal(found, alone(case, step, given)),
+        "alone": step.rung.strategy != "tile" or not landed or torch.equal(found, alone(case, step, given)),
     }
 
 
@@ -229,7 +247,7 @@ def four_ranks() -> list[Any]:
 
 
 def test_two_ranks_step_down_together() -> None:
-    cases = [*TILES, *HALF_WAY, *OTHERS]
+    cases = [*TILES, *HALF_WAY, *OTHERS, *CLIPS]
     check(run_ranks(2, job, cases, timeout=600), cases)
 
 
@@ -257,7 +275,7 @@ def check(everyone: list[list[dict[str, Any]]], cases: list[Case]) -> None:
         assert 1 <= len(ranks[0]["steps"]) <= 2, (case, ranks[0]["steps"])
         assert all(found == case.bad for found in ranks[0]["ranks"]), case
         assert [rank["said"] for rank in ranks] == [len(ranks[0]["steps"])] + [0] * (world_size - 1), case
-        assert all(rank["direct"] and rank["alone"] for rank in ranks), case
+        assert all(rank["size"] and rank["direct"] and rank["alone"] for rank in ranks), case
 
 
 def hopeless(rank: int) -> dict[str, Any]:
@@ -294,8 +312,8 @@ def test_where_nothing_helps_all_ranks_end_alike_and_the_group_is_good() -> None
         rank, stage, cause, _ = found["step_down"]
         assert (rank, stage) == (1, "decode")
         assert cause.startswith(
-            "out of memory on rank 1 with each of: strategy 'tile'; strategy 'tile' (tile_size = 32); "
-            "strategy 'tile' (tile_size = 16); there is nothing lighter ("
+            "out of memory on rank 1 with each of: strategy 'tile'; strategy 'tile' (tile_size = 16, "
+            "tile_overlap_factor = 0.5); strategy 'tile' (tile_size = 32); there is nothing lighter ("
         )
         assert found["fail"][:2] == (1, "decode")
         assert "out of memory with strategy 'tile', and [vae] on_oom is 'fail'" in found["fail"][2]

@@ -75,17 +75,17 @@ def walk(steps: Ladder, ranks: tuple[int, ...]) -> list[Step]:
     return tried
 
 
-BELOW_BLOCKS = ("shard 32 always", "tile", "tile 32", "tile 16")
+BELOW_BLOCKS = ("shard 32 always", "tile", "tile 32", "tile 16 0.5")
 
 
 @pytest.mark.parametrize(
     ("strategy", "options", "wanted"),
     [
-        ("tile", {"tile_size": 64}, ["tile 32", "tile 16"]),
+        ("tile", {"tile_size": 64}, ["tile 32", "tile 16 0.5"]),
         (
             "shard",
             {"row_blocks": 8},
-            ["shard 16", "shard 32", "shard 32 always", "tile", "tile 32", "tile 16"],
+            ["shard 16", "shard 32", "shard 32 always", "tile", "tile 32", "tile 16 0.5"],
         ),
         ("patch", {"halo": 8}, [*(f"shard {count}" for count in (2, 4, 8, 16, 32)), *BELOW_BLOCKS]),
         ("mine", {}, ["tile"]),
@@ -144,7 +144,9 @@ def test_more_row_blocks_than_rows_are_no_other_plan(
 def test_fewer_pictures_come_last() -> None:
     assert [step.images for step in ladder("mute", shape=(7, 16, 16, 16)).below()] == [4, 2, 1]
     *_, last = ladder("tile", shape=(5, 16, 16, 16)).below()
-    assert str(last) == "strategy 'tile' (tile_size = 16), 1 of 5 pictures at a time"
+    assert (
+        str(last) == "strategy 'tile' (tile_size = 16, tile_overlap_factor = 0.5), 1 of 5 pictures at a time"
+    )
 
 
 def test_what_fits_is_found_by_each_ranks_own_room() -> None:

@@ -18,6 +18,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.options import option_faults
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
+from vaepp_sdk.vae.frames import TimeTiles
 from vaepp_sdk.vae.plan import EVERYONE, Output, Work
 
 
@@ -148,9 +149,35 @@ def test_replaced_geometry_is_the_vaes_with_those_attributes() -> None:
     assert replaced.decode_tiles == TileGrid.overlapping((6, 6), (48, 48), 0.5)
     assert replaced.encode_tiles == TileGrid.overlapping((48, 48), (6, 6), 0.5)
     assert replaced_facts(facts(), None, 0.5).decode_tiles == TileGrid.overlapping((8, 8), (64, 64), 0.5)
-    assert replaced_facts(facts(), 48, None).decode_tiles == TileGrid.overlapping((6, 6), (48, 48), 0.25)
-    assert replaced_facts(facts(use_tiling=False), 48, None).use_tiling
+    assert replaced_facts(facts(), 32, None).decode_tiles == TileGrid.overlapping((4, 4), (32, 32), 0.25)
+    assert replaced_facts(facts(use_tiling=False), 32, None).use_tiling
     assert replaced_facts(facts(), None, None) == facts()
+
+
+def test_replaced_geometry_keeps_how_the_class_cuts_time_and_blends_patches() -> None:
+    time = TimeTiles(tile=2, step=1, blend=4, keep=4)
+    stated = TileGrid(
+        tile=(8, 8), step=(6, 6), blend=(16, 16), keep=(48, 48), grain=2, crops=True, least=2, time=time
+    )
+    found = replaced_facts(facts(decode_tiles=stated), 32, 0.25).decode_tiles
+    assert found is not None
+    assert (found.tile, found.step, found.keep) == ((4, 4), (3, 3), (24, 24))
+    assert (found.grain, found.crops, found.least, found.time) == (2, True, 2, time)
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "overlap", "works"),
+    [
+        (16, None, "tile_overlap_factor = 0.5 does"),
+        (40, None, "tile_overlap_factor = 0.4 does"),
+        (48, 0.9, "choose larger ones"),
+    ],
+)
+def test_tiles_that_would_join_to_another_size_are_refused(
+    tile_size: int, overlap: float | None, works: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"do not advance by whole latents; {works}"):
+        replaced_facts(facts(), tile_size, overlap)
 
 
 @pytest.mark.parametrize("tile_size", [0, -8, 4, 20])

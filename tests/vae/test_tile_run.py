@@ -63,9 +63,9 @@ CASES = [
     # Only one of the two sizes changed, as people do: a step and a kept part then differ.
     Case((20, 20), attributes={"tile_sample_min_size": 48}, output="rank0"),
     Case((20, 20), attributes={"tile_latent_min_size": 6}, output="rank0"),
-    Case((20, 13), options={"tile_size": 48}, output="rank0"),
-    Case((20, 13), options={"tile_overlap_factor": 0.4}),
-    Case((16, 13), options={"tile_size": 40, "tile_overlap_factor": 0.5}, vae="flux2", output="sharded"),
+    Case((20, 13), options={"tile_size": 32}, output="rank0"),
+    Case((20, 13), options={"tile_overlap_factor": 0.375}),
+    Case((16, 13), options={"tile_size": 48, "tile_overlap_factor": 0.5}, vae="flux2", output="sharded"),
     Case((16, 13), options={"tile_size": 256}),  # tiles larger than the picture: plain decode
     Case((128, 108), direction="encode"),
     Case((75, 130), direction="encode", build={"dtype": BF16}, batch=2, output="rank0"),
@@ -73,7 +73,7 @@ CASES = [
     Case((131, 73), direction="encode", build={"quant": True}, slicing=True, batch=2, output="sharded"),
     Case((120, 137), direction="encode", vae="flux2", attributes={"tile_overlap_factor": 0.5}),
     Case((100, 140), direction="encode", build={"sample_size": 80}, output="rank0"),
-    Case((140, 75), direction="encode", options={"tile_size": 48, "tile_overlap_factor": 0.3}),
+    Case((140, 75), direction="encode", options={"tile_size": 40, "tile_overlap_factor": 0.2}),
 ]
 PART = [Case((16, 16), size=2), Case((17, 13), size=3, output="rank0", build={"dtype": BF16})]
 PART += [Case((13, 19), size=3, output="sharded"), Case((130, 72), size=2, direction="encode", batch=2)]
