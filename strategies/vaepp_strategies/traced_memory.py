@@ -23,6 +23,7 @@ from vaepp_strategies.shard_frames import traced, window_frames
 from vaepp_strategies.shard_kinds import (
     CACHED_CONVOLUTIONS,
     CLIP_INTERPOLATING,
+    FRAME_NORMS,
     HOLDING_CONVOLUTIONS,
     MASKED_ATTENTION,
 )
@@ -126,7 +127,8 @@ class TracedMemory:
         bands = sum(lengths) / longest
         values = share * (trace.peak if alone else self._running(trace, longest, bands - 1) / bands)
         wider = _masks(trace, share) if alone else self._statistics(trace, share / bands, bands - 1)
-        values = max(values, wider)
+        stacked = _stacked(trace, share / bands) if self.work.shape[0] > 1 else 0
+        values = max(values, wider, stacked)
         first = trace.in_shape[2] if frames else 0
         later = frames - first
         if later:
@@ -310,3 +312,9 @@ def _masks(trace: LayerTrace, share: float) -> float:
             positions = share * math.prod(call.in_shape[2:])
             found = max(found, share * call.before + MASKED_ATTENTION[call.kind] * positions**2)
     return found
+
+
+def _stacked(trace: LayerTrace, share: float) -> float:
+    """Values alive where a class stacks the frames of clips to normalise each, a view only of a lone clip."""
+    norms = (call for call in trace.calls if call.kind in FRAME_NORMS)
+    return max((share * (call.peak + math.prod(call.in_shape)) for call in norms), default=0)
