@@ -100,7 +100,7 @@ class Kills:
 
     def kill(self, number: int) -> Row:
         """Start a run and kill one of its processes."""
-        before, shared, run = self._outputs(), _shared(), uuid.uuid4().hex
+        before, shared, run = self._outputs(), in_shared_memory(), uuid.uuid4().hex
         stages = self.bench.folder / f"stages-{run}"
         stages.mkdir()
         began = time.monotonic()
@@ -136,7 +136,7 @@ class Kills:
             misses=(),
         )
         broken = [path.name for path in made if not _is_whole(path)]
-        return attrs.evolve(row, misses=tuple(_misses(row, broken, _shared() - shared)))
+        return attrs.evolve(row, misses=tuple(_misses(row, broken, in_shared_memory() - shared)))
 
     def _strike(self, process: subprocess.Popen[str], run: str) -> str:
         """Kill one of the processes that there are; which of them it was."""
@@ -191,7 +191,7 @@ def _gone_after(run: str, since: float) -> float:
     return time.monotonic() - since
 
 
-def _shared() -> set[str]:
+def in_shared_memory() -> set[str]:
     """The files in this machine's shared memory, without the semaphores that other programs' pools use."""
     folder = Path("/dev/shm")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
