@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -101,8 +103,30 @@ def _through_the_gate(rank: int) -> dict[str, Any]:
     short = Gate(timedelta(seconds=1))
     if rank != 3:
         found["missing"] = error_of(lambda: short.agree("save", {}))
+        found["signal"] = _interrupted(lambda: Gate(LIMIT).agree("save", {}))
     dist.barrier()
     return found
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _interrupted(wait: Callable[[], Any]) -> bool:
+    """Whether a signal's handler runs while this rank waits, and not after the limit."""
+
+    def interrupt(*_: object) -> None:
+        raise _Interrupted
+
+    before, since = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        wait()
+    except _Interrupted:
+        return time.monotonic() - since < LIMIT.total_seconds() / 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return False
 
 
 def test_ranks_at_the_gate() -> None:
@@ -115,7 +139,7 @@ def test_ranks_at_the_gate() -> None:
             "latents": "AgreementError: ranks do not agree before decode: "
             "latents of replica 0 is 1 on rank 0 and 2 on rank 1",
             "after": "none",
-            **({"missing": f"{missing} ([limits] exchange)"} if rank != 3 else {}),
+            **({"missing": f"{missing} ([limits] exchange)", "signal": True} if rank != 3 else {}),
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,9 @@ _GATES: dict[str, Iterator[int]] = {}
 
 _GRACE = timedelta(seconds=5)
 """How much longer than rank 0 the others wait: it is rank 0 that names who is missing."""
+
+_TURN = timedelta(seconds=0.25)
+"""How long a wait stays out of Python, where no signal is heard: launchers end ranks with SIGTERM."""
 
 _MAX_TOLD = 3
 
@@ -132,11 +136,16 @@ class Gate:
         return verdict
 
     def _come(self, keys: Sequence[str], limit: timedelta) -> bool:
-        try:
-            self._store.wait(list(keys), limit)
-        except RuntimeError:
-            return bool(self._store.check(list(keys)))
-        return True
+        end = time.monotonic() + limit.total_seconds()
+        while (left := timedelta(seconds=end - time.monotonic())) > timedelta(0):
+            try:
+                self._store.wait(list(keys), min(left, _TURN))
+            except RuntimeError:
+                if self._store.check(list(keys)):  # raises where the store itself is gone
+                    break
+            else:
+                return True
+        return bool(self._store.check(list(keys)))
 
     def _missing(self) -> list[int]:
         return [rank for rank in range(self._ranks) if not self._store.check([self._key(rank)])]
