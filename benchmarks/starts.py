@@ -125,7 +125,13 @@ CASES = (
         fault="sleep",
         waits=EXCHANGE,
     ),
-    Case(name="two agents, rank 1 killed", words=r"Signal 9 \(SIGKILL\)", agents=2, fault="KILL"),
+    Case(
+        name="two agents, rank 1 killed",
+        words=r"Signal 9 \(SIGKILL\)",
+        agents=2,
+        fault="KILL",
+        waits=EXCHANGE,  # between collectives nothing breaks on the other machine
+    ),
     Case(
         name="two agents, rank 1 sleeps",
         words=r"rank 1 failed in stage decode: it runs and does not come further|waited for rank 1",

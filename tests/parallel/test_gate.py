@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 import vaepp_sdk.parallel.gate as gate_module
+import vaepp_sdk.parallel.pulse as pulse_module
 from vaepp_sdk.errors import VaeppError
 from vaepp_sdk.parallel.fingerprint import fingerprint
 from vaepp_sdk.parallel.gate import Gate, differences
+from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.testing import run_ranks
 
 LIMIT = timedelta(seconds=30)
@@ -108,7 +111,7 @@ def _through_the_gate(rank: int) -> dict[str, Any]:
     return found
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     pass
 
 
@@ -116,13 +119,13 @@ def _interrupted(wait: Callable[[], Any]) -> bool:
     """Whether a signal's handler runs while this rank waits, and not after the limit."""
 
     def interrupt(*_: object) -> None:
-        raise _Interrupted
+        raise _InterruptedError
 
     before, since = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         wait()
-    except _Interrupted:
+    except _InterruptedError:
         return time.monotonic() - since < LIMIT.total_seconds() / 2
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -160,3 +163,31 @@ def test_one_rank_waits_for_nobody() -> None:
     gate = Gate(LIMIT)
     assert gate.is_open
     gate.agree("decode", {"a": "b"})
+
+
+def _one_falls_silent(rank: int) -> dict[str, str]:
+    pulse_module._EVERY = 0.05
+    store = _get_default_store()
+    pulse = pulse_module.Pulse(store, rank)
+    gate, board, quiet, left = Gate(LIMIT), Board(rank, 4), Gate(LIMIT), Board(rank, 4)
+    found = {}
+    if rank == 2:
+        time.sleep(3.0)  # longer than a silence, but its pulse goes on
+    found["late"] = error_of(lambda: gate.agree("save", {}))
+    found["late too"] = error_of(lambda: board.gather("one", {}, 30.0))
+    if rank == 3:
+        pulse.stop()
+    else:
+        found["gate"] = error_of(lambda: quiet.agree("save", {}))
+        found["board"] = error_of(lambda: left.gather("two", {}, 30.0))
+    dist.barrier()
+    return found
+
+
+def test_a_rank_without_a_sign_of_life_is_not_waited_for() -> None:
+    since = time.monotonic()
+    for rank, found in enumerate(run_ranks(4, _one_falls_silent)):
+        words = f"PeerError: rank {rank} waited for rank 3 ({{}}): {pulse_module.SILENCE}"
+        silent = {"gate": words.format("before save"), "board": words.format("two")}
+        assert found == {"late": "none", "late too": "none", **(silent if rank != 3 else {})}
+    assert time.monotonic() - since < LIMIT.total_seconds()

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vaepp_sdk.errors import AgreementError, PeerError
+from vaepp_sdk.parallel.pulse import SILENCE, Ear
 from vaepp_sdk.text import clean
 
 __all__ = ["Gate", "differences"]
@@ -27,8 +28,8 @@ _GATES: dict[str, Iterator[int]] = {}
 _GRACE = timedelta(seconds=5)
 """How much longer than rank 0 the others wait: it is rank 0 that names who is missing."""
 
-_TURN = timedelta(seconds=0.25)
-"""How long a wait stays out of Python, where no signal is heard: launchers end ranks with SIGTERM."""
+_FIRST_PAUSE, _LONGEST_PAUSE, _CHECKS_A_SECOND = 0.0002, 0.02, 5000
+"""Between two looks into the store, in seconds, and how many looks all ranks of a large group may take."""
 
 _MAX_TOLD = 3
 
@@ -49,6 +50,7 @@ class Gate:
         self._prefix = ""
         self._round = 0
         self._store: Any = None
+        self._ear: Ear
         self._rank, self._ranks = 0, 1
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             # Of all stores this is the one that every rank has: torch has no public name for it.
@@ -56,7 +58,8 @@ class Gate:
 
             self._store = _get_default_store()
             self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-            self._prefix = _new_name(dist.get_process_group_ranks(group))
+            in_job = dist.get_process_group_ranks(group)
+            self._prefix, self._ear = _new_name(in_job), Ear(self._store, in_job)
 
     @property
     def is_open(self) -> bool:
@@ -77,8 +80,7 @@ class Gate:
         """
         verdict = self._meet(what, [dict(facts), dict(own or {}), ""])
         if verdict.get("missing"):
-            cause = f"not there after {self._timeout.total_seconds():g} s ([limits] exchange)"
-            raise PeerError(self._rank, verdict["missing"], f"before {what}", cause)
+            raise PeerError(self._rank, verdict["missing"], f"before {what}", verdict["cause"])
         if verdict.get("failed"):
             raise PeerError(self._rank, verdict["failed"], f"before {what}", clean(verdict["problem"]))
         if verdict.get("differ"):
@@ -115,40 +117,43 @@ class Gate:
     def _judge(self) -> dict[str, Any]:
         """Rank 0 waits for all, compares, and tells the others."""
         keys = [self._key(rank) for rank in range(self._ranks)]
-        verdict: dict[str, Any] = {}
-        if self._come(keys, self._timeout):
+        verdict = self._absent(keys, self._timeout)
+        if not verdict:
             facts, own, problems = zip(*(json.loads(text) for text in self._read(keys)), strict=True)
             failed = [rank for rank, problem in enumerate(problems) if problem]
             if failed:
                 verdict = {"failed": failed, "problem": problems[failed[0]]}
             else:
                 verdict["differ"] = differences(facts, own)
-        else:
-            verdict["missing"] = self._missing()
         self._store.set(self._key("verdict"), json.dumps(verdict))
         return verdict
 
     def _hear(self) -> dict[str, Any]:
         """What rank 0 says; where it says nothing, it is missing itself, and perhaps not alone."""
-        if not self._come([self._key("verdict")], self._timeout + _GRACE):
-            return {"missing": self._missing() or [0]}
-        verdict: dict[str, Any] = json.loads(self._store.get(self._key("verdict")))
-        return verdict
+        absent = self._absent([self._key("verdict")], self._timeout + _GRACE)
+        return absent or dict(json.loads(self._store.get(self._key("verdict"))))
 
-    def _come(self, keys: Sequence[str], limit: timedelta) -> bool:
-        end = time.monotonic() + limit.total_seconds()
-        while (left := timedelta(seconds=end - time.monotonic())) > timedelta(0):
-            try:
-                self._store.wait(list(keys), min(left, _TURN))
-            except RuntimeError:
-                if self._store.check(list(keys)):  # raises where the store itself is gone
-                    break
-            else:
-                return True
-        return bool(self._store.check(list(keys)))
+    def _absent(self, keys: Sequence[str], limit: timedelta) -> dict[str, Any]:
+        """Wait for keys; if they do not come, who is missing and why nobody waits longer.
 
-    def _missing(self) -> list[int]:
-        return [rank for rank in range(self._ranks) if not self._store.check([self._key(rank)])]
+        The store's own wait is deaf to signals, with which launchers end ranks.
+        """
+        begun, pause = time.monotonic(), _FIRST_PAUSE
+        longest = max(_LONGEST_PAUSE, self._ranks / _CHECKS_A_SECOND)
+        while not self._store.check(list(keys)):
+            if time.monotonic() - begun > limit.total_seconds():
+                cause = f"not there after {self._timeout.total_seconds():g} s ([limits] exchange)"
+                return {"missing": list(self._missing()) or [0], "cause": cause}
+            # Rank 0 listens to all and tells the others, which listen to it alone.
+            silent = self._ear.silent(self._missing() if self._rank == 0 else [0])
+            if silent:
+                return {"missing": silent, "cause": SILENCE}
+            time.sleep(pause)
+            pause = min(pause * 1.2, longest)
+        return {}
+
+    def _missing(self) -> Iterator[int]:
+        return (rank for rank in range(self._ranks) if not self._store.check([self._key(rank)]))
 
     def _read(self, keys: Sequence[str]) -> list[bytes]:
         if self._store.has_extended_api():

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vaepp_sdk.errors import PeerError
+from vaepp_sdk.parallel.pulse import SILENCE, Ear
 
 __all__ = ["Board"]
 
@@ -40,6 +41,8 @@ class Board:
             from torch.distributed.distributed_c10d import _get_default_store
 
             self._store = _get_default_store()
+        self._ear = Ear(self._store, self._ranks)
+        self._silent: list[int] = []
         self._alone: dict[str, str] = {}
 
     def post(self, name: str, value: Mapping[str, Any]) -> None:
@@ -55,14 +58,16 @@ class Board:
             self._store.delete_key(self._mine.pop(0))
 
     def read(self, name: str, wait: float) -> dict[int, Any]:
-        """What ranks have posted under a name, as soon as all have or the wait is over."""
+        """What ranks have posted under a name, as soon as all have, one is silent, or the wait is over."""
         limit = time.monotonic() + wait
         found: dict[int, Any] = {}
         while True:
             for rank in self._ranks:
                 if rank not in found and (text := self._get(self._key(name, rank))) is not None:
                     found[rank] = json.loads(text)
-            if len(found) == len(self._ranks) or time.monotonic() > limit:
+            missing = [rank for rank in self._ranks if rank not in found]
+            self._silent = self._ear.silent(missing)
+            if not missing or self._silent or time.monotonic() > limit:
                 return found
             time.sleep(_PAUSE)
 
@@ -70,7 +75,7 @@ class Board:
         """Post a value and read everyone's, by rank.
 
         Raises:
-            PeerError: naming the ranks that have not posted in time.
+            PeerError: naming the ranks that have not posted in time, or that are silent.
         """
         self.post(name, value)
         return self.all_of(self.read(name, wait), name)
@@ -79,11 +84,12 @@ class Board:
         """Everyone's value, by rank.
 
         Raises:
-            PeerError: naming the ranks that have not posted.
+            PeerError: naming the ranks that have not posted, or of these the silent ones.
         """
         missing = [rank for rank in self._ranks if rank not in found]
         if missing:
-            raise PeerError(self._rank, missing, name, "they have not come this far in time")
+            cause = SILENCE if self._silent else "they have not come this far in time"
+            raise PeerError(self._rank, self._silent or missing, name, cause)
         return [found[rank] for rank in self._ranks]
 
     def _key(self, name: str, rank: int) -> str:

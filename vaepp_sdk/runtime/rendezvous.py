@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.parallel.pulse import Pulse
 from vaepp_sdk.runtime.rollcall import launchers_store, take_seat
 from vaepp_sdk.runtime.work import Seat
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["join", "leave", "listen", "pick_device"]
 
 _LOOPBACK = "127.0.0.1"
+
+_PULSES = list[Pulse]()
+"""This process's, while it has a group of our own making."""
 
 
 def listen() -> socket.socket:
@@ -69,6 +73,7 @@ def join(seat: Seat, device: torch.device) -> bool:
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
+    from torch.distributed.distributed_c10d import _get_default_store
 
     if seat.world_size == 1 or dist.is_initialized():
         return False
@@ -97,6 +102,8 @@ def join(seat: Seat, device: torch.device) -> bool:
         timeout=seat.timeout,
         device_id=device_id,
     )
+    if seat.port is None:  # a parent sees at once that a rank is gone
+        _PULSES.append(Pulse(_get_default_store(), seat.rank))
     return True
 
 
@@ -104,4 +111,6 @@ def leave() -> None:
     """Take down the process group that `join` made."""
     import torch.distributed as dist
 
+    while _PULSES:
+        _PULSES.pop().stop()
     dist.destroy_process_group()
