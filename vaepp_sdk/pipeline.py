@@ -23,6 +23,7 @@ from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.pool import WorkerPool
+from vaepp_sdk.runtime.turns import Turns
 from vaepp_sdk.saving import PictureFolder
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec
 from vaepp_sdk.spec.prompts import Upcoming
@@ -102,6 +103,7 @@ class Pipeline:
         self._engine = engine
         self._ear = ear
         self._calls = 0
+        self._turns = Turns()
 
     @classmethod
     def from_spec(
@@ -180,7 +182,7 @@ class Pipeline:
         return cls(resolved, engine, ear)
 
     def __call__(self, **call: Any) -> Result:
-        """Make pictures.
+        """Make pictures. Calls of several threads are served one after the other.
 
         Args:
             call: arguments that replace those of `[call]`, or of the first `[[call]]`, `seed` included.
@@ -190,11 +192,13 @@ class Pipeline:
             UserError: all ranks refused the request; the pipeline goes on.
             RequestError: all ranks failed alike before they exchanged anything; the pipeline goes on.
             RankError: a rank failed; the pipeline has ended.
+            RunError: the pipeline has ended before, or this call comes from `on_event`.
         """
-        request = make_request(self.resolved, call, self._calls, self.resolved.spec.output is not None)
-        self._calls += 1
-        self._ear.folder = None
-        return self._settled(self._run(request))
+        with self._turns.turn():
+            request = make_request(self.resolved, call, self._calls, self.resolved.spec.output is not None)
+            self._calls += 1
+            self._ear.folder = None
+            return self._settled(self._run(request))
 
     def close(self) -> None:
         """End the ranks; a second call does nothing."""

@@ -29,6 +29,16 @@ def runs(pid: int) -> bool:
         return False
 
 
+def of_job(folder: Path) -> list[int]:
+    """Processes with a job's mark in their environment."""
+    found, mark = list[int](), f"VAEPP_JOB={folder}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
 def wait_until_gone(sessions: Iterable[int], seconds: float) -> list[int]:
     """Processes of these sessions that are left after so many seconds."""
     limit = time.monotonic() + seconds

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -134,6 +136,10 @@ class Painter(Joined):
         return Answer(value=value, pictures=answer.pictures if self.seat.rank == 0 else ())
 
 
+def _wait() -> None:
+    threading.Event().wait()
+
+
 def _strike(kind: str, rank: int) -> None:
     if kind == "raise":
         raise ValueError(f"struck on rank {rank}\nwith a second line")
@@ -159,6 +165,12 @@ def _strike(kind: str, rank: int) -> None:
         re.match(r"(a|a)*b", "a" * 60)  # backtracks for years, in C, with the interpreter's lock held
     if kind == "helper":
         subprocess.Popen(["sleep", "3600"])
+        subprocess.Popen(["sleep", "3600"], start_new_session=True)
+        subprocess.Popen("trap '' TERM; setsid sleep 3600 & sleep 3600", shell=True, start_new_session=True)
+    if kind == "linger" and rank == 0:
+        threading.Thread(target=_wait, name="uploader").start()
+    elif kind == "linger":
+        atexit.register(_wait)
     if kind == "warn":
         warnings.warn("a light warning", VaeppWarning, stacklevel=1)
         warnings.warn("not ours", RuntimeWarning, stacklevel=1)

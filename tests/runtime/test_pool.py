@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime.processes import listeners, wait_until_gone
+from runtime.processes import listeners, of_job, wait_until_gone
 
 from vaepp_sdk.errors import (
     OutputError,
@@ -260,13 +261,52 @@ def test_a_joined_job_listens_on_loopback_only() -> None:
     pool.close()
 
 
-def test_children_of_ranks_end_with_them(tmp_path: Path) -> None:
-    """A rank's own helpers are in its session."""
+@pytest.mark.parametrize("end", ["close", "failure"])
+def test_children_of_ranks_end_with_them(end: str, tmp_path: Path) -> None:
+    """A rank's own helpers, those in sessions of their own and those whose parents are gone included."""
     pool = make_pool(fault={"kind": "helper", "rank": 0, "stage": "load"})
     pool.start()
     pids = pool.pids()
-    pool.close()
-    assert wait_until_gone(pids, 2) == []  # killed; the kernel takes a moment
+    (folder,) = run_folders(tmp_path)
+    assert len(of_job(folder)) >= 2 + 4
+    if end == "close":
+        pool.close()
+    else:
+        with pytest.raises(RankError, match="rank 0 failed"):
+            pool.run({"fault": {"kind": "_exit", "rank": 0, "stage": "denoise"}})
+    limit = time.monotonic() + 2  # killed; the kernel takes a moment
+    while left := of_job(folder):
+        assert time.monotonic() < limit, left
+        time.sleep(0.02)
+    assert wait_until_gone(pids, 2) == []
+
+
+def test_what_keeps_ranks_alive_whose_work_is_done_is_named(tmp_path: Path) -> None:
+    """A thread on rank 0, an exit handler on rank 1."""
+    pool = make_pool(fault={"kind": "linger", "rank": "all", "stage": "load"})
+    pool.start()
+    pids, started = pool.pids(), time.monotonic()
+    with pytest.warns(VaeppWarning) as found:
+        pool.close()
+    assert time.monotonic() - started < 9
+    (said,) = (str(one.message) for one in found)
+    place = r" \(\S+/stand_ins\.py:\d+ in _wait\) kept rank "
+    assert re.match(r"all work is done, but (the thread|an exit handler)", said)
+    assert re.search(rf"the thread 'uploader'{place}0 alive", said)
+    assert re.search(rf"an exit handler{place}1 alive", said)
+    assert said.endswith("; ended after 5 s")
+    assert wait_until_gone(pids, 0) == []
+    assert run_folders(tmp_path) == []
+
+
+def test_a_rank_that_does_not_leave_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vaepp_sdk.runtime.supervisor._CLOSE_LIMIT", 1.0)
+    pool = make_pool(fault={"kind": "hold", "rank": 1, "stage": "close"})
+    pool.start()
+    with pytest.warns(VaeppWarning, match="rank 1 did not end in good order: it was not done with"):
+        pool.close()
+    (folder,) = run_folders(tmp_path)
+    assert "in _strike" in (folder / "rank1.stacks").read_text()
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -15,11 +16,12 @@ import attrs
 
 from vaepp_sdk.errors import OutputError
 from vaepp_sdk.spec.classes import LimitsSpec
-from vaepp_sdk.text import reason_of
+from vaepp_sdk.text import one_line, reason_of
 
 __all__ = ["Job", "RunFolder"]
 
 _PREFIX, _OWNER = "vaepp-run-", "owner"
+_TAIL = 2**16
 
 
 @attrs.frozen(kw_only=True)
@@ -56,10 +58,13 @@ class RunFolder:
 
         Raises:
             OutputError: nothing can be written there.
+            OSError: too many files are open.
         """
         try:
             return cls._made()
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise OutputError(
                 f"the logs of ranks cannot be written to the folder for temporary files: {reason_of(error)}; "
                 "make room there, or name another one in TMPDIR"
@@ -70,9 +75,13 @@ class RunFolder:
         parent = Path(tempfile.gettempdir())
         _sweep(parent)
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        # Locked before it has its name, so that nobody ever finds it without the lock.
-        unnamed = path / "new"
-        owner = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            # Locked before it has its name, so that nobody ever finds it without the lock.
+            unnamed = path / "new"
+            owner = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        except OSError:
+            path.rmdir()
+            raise
         fcntl.flock(owner, fcntl.LOCK_EX)
         unnamed.rename(path / _OWNER)
         return cls(path, owner)
@@ -88,6 +97,15 @@ class RunFolder:
     def stacks(self, rank: int) -> Path:
         """The stacks of a rank that was asked for them."""
         return self.path / f"rank{rank}.stacks"
+
+    def last_line(self, rank: int) -> str:
+        """The last line that a rank has printed; its log may be of any length, or gone."""
+        text = ""
+        with contextlib.suppress(OSError), self.log(rank).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            text = file.read(_TAIL).decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return one_line(lines[-1], 160) if lines else ""
 
     def keep(self) -> None:
         """Leave it to the user, who has been told of it."""

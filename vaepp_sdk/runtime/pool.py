@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-import threading
+import queue
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vaepp_sdk.errors import RunError, VaeppWarning
+from vaepp_sdk.runtime.channel import encode
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Answers, Ended, Event, Happened, News, Ready, Refused, Warned
 from vaepp_sdk.runtime.supervisor import Supervisor
+from vaepp_sdk.runtime.turns import Turns
 
 __all__ = ["WorkerPool"]
 
@@ -37,7 +41,7 @@ class WorkerPool:
     def __init__(self, job: Job, on_event: Callable[[Event], None] = _unheard) -> None:
         self._supervisor = Supervisor(job)
         self._on_event = on_event
-        self._one_at_a_time = threading.Lock()
+        self._turns = Turns()
         self._warned: set[str] = set()
         self._why_closed = ""
         self._owner = os.getpid()
@@ -50,9 +54,8 @@ class WorkerPool:
             UserError: what was asked for cannot be done.
             RankError: a rank failed.
         """
-        with self._one_at_a_time:
-            self._supervisor.start()
-            self._await(Ready)
+        with self._turns.turn():
+            self._await(Ready, self._supervisor.start)
 
     def run(self, request: Mapping[str, Any]) -> Answers:
         """Serve one request on all ranks.
@@ -61,12 +64,13 @@ class WorkerPool:
             UserError: all ranks refused it alike; the pool goes on.
             RequestError: all ranks failed alike before they exchanged anything; the pool goes on.
             RankError: a rank failed; the pool has ended.
-            RunError: the pool has ended before, or belongs to another process.
+            RunError: the pool has ended, or belongs to another process; or the request is too long to send,
+                or made from inside `on_event`.
         """
-        with self._one_at_a_time:
+        data = encode({"kind": "request", "request": dict(request)})
+        with self._turns.turn():
             self._check_open()
-            self._supervisor.submit(request)
-            return self._await(Answers)
+            return self._await(Answers, functools.partial(self._supervisor.submit, data))
 
     def close(self, now: bool = False) -> None:
         """End the ranks and wait until none is left; a second call does nothing.
@@ -87,11 +91,15 @@ class WorkerPool:
         if os.getpid() != self._owner:
             raise RunError(f"these ranks belong to process {self._owner}, and this is its fork")
         if self._why_closed:
-            raise RunError(f"the ranks have ended: {self._why_closed}")
+            raise RunError(f"the ranks have ended: {self._why_closed}; a new pipeline starts new ones")
 
-    def _await(self, wanted: type[NewsT]) -> NewsT:
-        """Take news until what is wanted comes; anything but a refusal that ends the wait ends the pool."""
+    def _await(self, wanted: type[NewsT], begin: Callable[[], None]) -> NewsT:
+        """Begin, and take news until what is wanted comes; what ends the wait but a refusal ends the pool.
+
+        An interrupt does so too, wherever it strikes: the next call would be given this one's answer.
+        """
         try:
+            begin()
             while not isinstance(news := self._supervisor.news.get(), wanted | Refused):
                 self._heed(news)
         except BaseException as error:
@@ -112,12 +120,16 @@ class WorkerPool:
 
     def _drain(self) -> None:
         """Pass on the warnings that are left."""
-        while not self._supervisor.news.empty():
-            news = self._supervisor.news.get()
-            if isinstance(news, Warned):
-                self._warn(news.text)
-            elif isinstance(news, Ended) and news.warning:
-                self._warn(news.warning)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                news = self._supervisor.news.get_nowait()
+                if isinstance(news, Warned):
+                    self._warn(news.text)
+                elif isinstance(news, Ended):
+                    self._supervisor.news.put(news)  # a call that waits in another thread ends with it
+                    if news.warning:
+                        self._warn(news.warning)
+                    return
 
     def _warn(self, text: str) -> None:
         """Give each warning once, however many ranks and requests it comes from."""

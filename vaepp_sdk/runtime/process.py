@@ -21,6 +21,7 @@ from vaepp_sdk.runtime.channel import ParentChannel, encode
 from vaepp_sdk.runtime.job import Job, RunFolder
 from vaepp_sdk.runtime.pace import Pace
 from vaepp_sdk.runtime.pictures import make_store
+from vaepp_sdk.runtime.strays import MARK, signal_strays
 
 __all__ = ["Ending", "RankProcess", "end_all", "spawn"]
 
@@ -37,6 +38,11 @@ class Ending:
 
     code: int | None = None
     signal: int | None = None
+
+    @property
+    def may_be_good(self) -> bool:
+        """Whether a rank that left its done mark has ended well, as far as anybody can tell."""
+        return self.signal is None and not self.code
 
     def __str__(self) -> str:
         if self.signal is not None:
@@ -78,9 +84,9 @@ class RankProcess:
         """Note that the rank is in another phase."""
         self.phase, self.since = phase, time.monotonic()
 
-    def ended(self, wait: float = 0.0) -> bool:
-        """Whether the process has ended, waiting for it at most so many seconds."""
-        return bool(select.select([self.pidfd], [], [], wait)[0])
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return _is_readable(self.pidfd, 0)
 
     def ending(self) -> Ending | None:
         """How the process ended, or None while it lives. It is not reaped, so that its id stays its own."""
@@ -115,12 +121,16 @@ def spawn(job: Job, rank: int, folder: RunFolder, beats_fd: int, listener: socke
 
     The calling thread must live as long as the rank: the kernel ties the rank's life to that thread.
     """
-    parent_end, rank_end = socket.socketpair()
-    pictures_fd = make_store(rank)
-    inherited = [rank_end.fileno(), beats_fd, pictures_fd]
-    if rank == 0:
-        inherited.append(listener.fileno())
-    with folder.log(rank).open("wb") as log, rank_end:
+    with contextlib.ExitStack() as undone:
+        parent_end, rank_end = (undone.enter_context(end) for end in socket.socketpair())
+        pictures_fd = make_store(rank)
+        undone.callback(os.close, pictures_fd)
+        log = undone.enter_context(folder.log(rank).open("wb"))
+        slot = Slot(beats_fd, rank)
+        undone.callback(slot.close)
+        inherited = [rank_end.fileno(), beats_fd, pictures_fd]
+        if rank == 0:
+            inherited.append(listener.fileno())
         process = subprocess.Popen(
             # -P: what lies in the working folder is no module of ours.
             [sys.executable, "-P", _RANK_MAIN, str(rank_end.fileno()), str(os.getpid())],
@@ -129,14 +139,20 @@ def spawn(job: Job, rank: int, folder: RunFolder, beats_fd: int, listener: socke
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=inherited,
-            env=_environment(job.world_size),
+            env=_environment(job.world_size, str(folder.path)),
         )
+        undone.callback(process.wait)
+        undone.callback(process.kill)
+        pidfd = os.pidfd_open(process.pid)
+        undone.pop_all()
+    log.close()
+    rank_end.close()
     found = RankProcess(
         rank=rank,
         process=process,
-        pidfd=os.pidfd_open(process.pid),
+        pidfd=pidfd,
         channel=ParentChannel(parent_end),
-        slot=Slot(beats_fd, rank),
+        slot=slot,
         pictures_fd=pictures_fd,
     )
     found.channel.post(encode(_boot(job, found, folder, beats_fd, listener)))
@@ -162,20 +178,36 @@ def _boot(
     }
 
 
-def _environment(world_size: int) -> Mapping[str, str]:
+def _environment(world_size: int, job: str) -> Mapping[str, str]:
     """The parent's environment, without a launcher's variables and with cores shared out fairly."""
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment |= {"PYTHONUNBUFFERED": "1", MARK: job}
     return environment
 
 
-def end_all(ranks: Sequence[RankProcess]) -> None:
-    """End processes and all they started: SIGTERM, a second to leave, SIGKILL."""
+def end_all(ranks: Sequence[RankProcess], job: str) -> None:
+    """End processes and all they started: SIGTERM, a second to leave, SIGKILL.
+
+    Args:
+        ranks: the processes.
+        job: what they were marked with.
+    """
+    sessions = [rank.process.pid for rank in ranks]
     for number, grace in ((signal.SIGTERM, _TERM_GRACE), (signal.SIGKILL, _KILL_GRACE)):
         for rank in ranks:
             rank.signal(number)
+        strays = signal_strays(job, sessions, number)
         limit = time.monotonic() + grace
-        for rank in ranks:
-            rank.ended(max(0.0, limit - time.monotonic()))
+        for pidfd in [*(rank.pidfd for rank in ranks), *strays]:
+            _is_readable(pidfd, max(0.0, limit - time.monotonic()))
+        for pidfd in strays:
+            os.close(pidfd)
+
+
+def _is_readable(descriptor: int, wait: float) -> bool:
+    """Whether a descriptor, of any number, becomes readable within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(wait * 1000))

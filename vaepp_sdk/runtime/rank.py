@@ -25,6 +25,7 @@ from vaepp_sdk.events import Event, Progress, StageStart
 from vaepp_sdk.parallel.exchanges import EXCHANGES
 from vaepp_sdk.runtime.beats import Slot, keep_ticking
 from vaepp_sdk.runtime.channel import Message, RankChannel
+from vaepp_sdk.runtime.leaving import leave_soon
 from vaepp_sdk.runtime.pictures import write_pictures
 from vaepp_sdk.runtime.records import ErrorRecord, write_record
 from vaepp_sdk.runtime.work import RankWork, Seat
@@ -55,6 +56,7 @@ def serve(control: socket.socket, boot: Mapping[str, Any]) -> int:
         _leave_word(record, boot, channel)
         _leave_at_once(1)
     slot.finish()
+    leave_soon(0, lambda what: channel.send({"kind": "lingers", "what": what}))
     return 0
 
 

@@ -7,6 +7,7 @@ no signal handler and touches nothing of the program around it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import queue
@@ -14,8 +15,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vaepp_sdk.errors import RunError, UserError, VaeppError
@@ -29,15 +29,17 @@ from vaepp_sdk.runtime.process import RankProcess, end_all, spawn
 from vaepp_sdk.runtime.records import ErrorRecord, alike, read_record
 from vaepp_sdk.runtime.rendezvous import listen
 from vaepp_sdk.runtime.stacks import ask_for_stacks
-from vaepp_sdk.runtime.verdict import Evidence, Trigger, judge, needs_stacks
-from vaepp_sdk.text import one_line
+from vaepp_sdk.runtime.verdict import Evidence, Trigger, bad_end, judge, lingering, needs_stacks
+from vaepp_sdk.text import reason_of
 
 __all__ = ["Supervisor"]
 
 _TURN = 0.25
-_TAIL = 2**16
 _EVIDENCE_TIME, _EVIDENCE_TURN = 0.5, 0.05
-_CLOSE_LIMIT = 10.0
+_CLOSE_LIMIT, _EXIT_LIMIT = 10.0, 30.0
+"""How long ranks may take to finish when they are asked to leave, and to exit after that: what they have
+imported is slow to go on a loaded machine."""
+
 _REFUSAL_GRACE, _CHECK_GRACE = 5.0, 1.0
 """After the first rank refused a request, or a check failed: how long the others may take to say the same."""
 
@@ -53,11 +55,13 @@ class Supervisor:
         self._ranks: list[RankProcess] = []
         self._answers: dict[int, Message] = {}
         self._failures: dict[int, ErrorRecord] = {}
+        self._lingered: dict[str, list[int]] = {}
         self._trigger: Trigger | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._ear, self._bell = socket.socketpair()
+        with _starting():
+            self._ear, self._bell = socket.socketpair()
+            self._selector = selectors.DefaultSelector()
         self._bell.setblocking(False)
-        self._selector = selectors.DefaultSelector()
         self._watch(self._ear, self._obey)
         self._closing_since: float | None = None
         self._now = False
@@ -68,14 +72,9 @@ class Supervisor:
         """Start the ranks; `Ready` or `Ended` follows."""
         self._thread.start()
 
-    def submit(self, request: Mapping[str, Any]) -> None:
-        """Give all ranks a request; `Answers`, `Refused` or `Ended` follows.
-
-        Raises:
-            RunError: the request is too long to send.
-        """
-        data = encode({"kind": "request", "request": dict(request)})
-        self._command(functools.partial(self._submit, data))
+    def submit(self, request: bytes) -> None:
+        """Give all ranks a request, encoded; `Answers`, `Refused` or `Ended` follows."""
+        self._command(functools.partial(self._submit, request))
 
     def stop(self, now: bool = False) -> None:
         """End the job and wait until no rank is left.
@@ -108,11 +107,11 @@ class Supervisor:
                 self._turn(_TURN)
             ended = self._end()
         except Exception as error:  # a fault of the supervisor's own must reach the caller too
-            end_all(self._ranks)
+            self._end_all()
             failure = (
                 error if isinstance(error, VaeppError) else RunError(f"the supervisor failed: {error!r}")
             )
-            if self._has_folder:
+            if self._ranks:
                 failure.add_note(self._logs())
             ended = Ended(failure)
         finally:
@@ -120,11 +119,12 @@ class Supervisor:
             self.news.put(ended)
 
     def _start_ranks(self) -> None:
-        self._folder = RunFolder.create()
-        self._has_folder = True
-        beats_fd = make_beats(self._job.world_size)
+        with _starting():
+            self._folder = RunFolder.create()
+            self._has_folder = True
+            beats_fd = make_beats(self._job.world_size)
         try:
-            with listen() as listener:
+            with _starting(), listen() as listener:
                 for number in range(self._job.world_size):
                     rank = spawn(self._job, number, self._folder, beats_fd, listener)
                     self._ranks.append(rank)
@@ -144,8 +144,8 @@ class Supervisor:
             return True
         if self._closing_since is None:
             return False
-        late = time.monotonic() - self._closing_since > _CLOSE_LIMIT
-        return self._now or late or all(rank.ended() for rank in self._ranks)
+        left = [rank for rank in self._ranks if not rank.ended()]
+        return self._now or not left or time.monotonic() - self._closing_since > _close_limit(left)
 
     def _turn(self, wait: float) -> None:
         """One turn: send, hear what has come within the wait, compare clocks."""
@@ -211,6 +211,8 @@ class Supervisor:
                     self._settle()
             case "failed":
                 self._failures[rank.rank] = ErrorRecord(**message["record"])
+            case "lingers":
+                self._lingered.setdefault(message["what"], []).append(rank.rank)
             case kind:
                 raise RunError(f"unknown kind {kind!r}")
 
@@ -297,21 +299,26 @@ class Supervisor:
     def _end(self) -> Ended:
         """End every rank and say how the job ended."""
         error = self._judge() if self._trigger else None
-        end_all(self._ranks)  # those that have left may have left children
+        late = [] if error or self._now else [rank for rank in self._ranks if not rank.ended()]
+        if late:
+            ask_for_stacks(late, self._folder)
+        self._end_all()  # those that have left may have left children
         if error or self._now:
             if error and not isinstance(error, UserError):
                 error.add_note(self._logs())
             return Ended(error)
-        return self._leave_taken()
+        self._turn(0)  # the last words
+        return Ended(warning=self._farewell([rank.rank for rank in late]))
 
-    def _leave_taken(self) -> Ended:
-        """Check that ranks which were asked to leave left in good order."""
-        for rank in self._ranks:
-            ending = rank.ending()
-            if ending is None or ending.code != 0 or not rank.slot.read().done:
-                what = f"rank {rank.rank} did not end in good order: {ending}"
-                return Ended(warning=f"{what}; {self._logs()}")
-        return Ended()
+    def _end_all(self) -> None:
+        if self._ranks:
+            end_all(self._ranks, str(self._folder.path))
+
+    def _farewell(self, late: Sequence[int]) -> str | None:
+        evidence = [self._evidence(rank) for rank in self._ranks]
+        if bad := bad_end(evidence, late):
+            return f"{bad}; {self._logs()}"
+        return lingering(self._lingered)
 
     def _judge(self) -> VaeppError:
         """Wait a moment for evidence, then decide whose failure it is."""
@@ -340,7 +347,7 @@ class Supervisor:
             beat=rank.slot.read(),
             record=record,
             ending=rank.ending(),
-            last_line=_last_line(self._folder.log(rank.rank)),
+            last_line=self._folder.last_line(rank.rank),
         )
 
     def _release(self) -> None:
@@ -353,6 +360,24 @@ class Supervisor:
         self._bell.close()
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Let a system that has nothing left to start ranks with not look like a fault of ours.
+
+    Raises:
+        RunError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        hint = "; allow more open files (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        raise RunError(f"the ranks cannot be started: {reason_of(error)}{hint}") from error
+
+
+def _close_limit(ranks: Sequence[RankProcess]) -> float:
+    return _EXIT_LIMIT if all(rank.slot.read().done for rank in ranks) else _CLOSE_LIMIT
+
+
 def _is_past(beat: Beat, failure: ErrorRecord) -> bool:
     """Whether a rank has passed the place where a check failed on another."""
     if beat.stage == failure.stage:
@@ -363,13 +388,3 @@ def _is_past(beat: Beat, failure: ErrorRecord) -> bool:
 def _harms_nobody(refusals: Sequence[ErrorRecord]) -> bool:
     """Saving exchanges nothing, and neither does a pipeline that one rank runs whole: no rank is waiting."""
     return all(one.stage in ("save", "call") for one in refusals)
-
-
-def _last_line(log: Path) -> str:
-    """The last line of a log, which may be of any length, or gone."""
-    text = ""
-    with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        text = file.read(_TAIL).decode(errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    return one_line(lines[-1], 160) if lines else ""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import attrs
 
 from vaepp_sdk.errors import RankError, VaeppError
 from vaepp_sdk.runtime.beats import Beat
+from vaepp_sdk.runtime.leaving import GRACE
 from vaepp_sdk.runtime.process import Ending
 from vaepp_sdk.runtime.records import ErrorRecord
 from vaepp_sdk.runtime.stacks import waits_for_peers
 
-__all__ = ["Evidence", "Trigger", "judge", "needs_stacks"]
+__all__ = ["Evidence", "Trigger", "bad_end", "judge", "lingering", "needs_stacks"]
 
 
 @attrs.frozen
@@ -78,6 +79,37 @@ def judge(ranks: Sequence[Evidence], trigger: Trigger, stacks: Mapping[int, str]
         last = f"; its last words: {one.last_line}" if one.last_line else ""
         return RankError(one.rank, one.beat.stage, f"{one.ending}{last}")
     return _first_seen(ranks, trigger)
+
+
+def bad_end(ranks: Sequence[Evidence], late: Container[int]) -> str | None:
+    """The first rank that was asked to leave and did not leave in good order.
+
+    Args:
+        ranks: evidence of every rank.
+        late: those that took too long, and were ended.
+    """
+    for one in ranks:
+        if one.rank in late:
+            work = "its work was done, but" if one.beat.done else "it was not done with its work, and"
+            what = f"{work} its process did not end"
+        elif one.ending is None or not one.ending.may_be_good or not one.beat.done:
+            what = str(one.ending)
+        else:
+            continue
+        return f"rank {one.rank} did not end in good order: {what}"
+    return None
+
+
+def lingering(kept: Mapping[str, Sequence[int]]) -> str | None:
+    """What kept ranks alive that had done their work.
+
+    Args:
+        kept: the ranks, by what kept them.
+    """
+    if not kept:
+        return None
+    each = (f"{what} kept rank {' and '.join(map(str, ranks))} alive" for what, ranks in kept.items())
+    return f"all work is done, but {'; '.join(each)}; ended after {GRACE:g} s"
 
 
 def _own(one: Evidence) -> bool:
