@@ -318,6 +318,19 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Pa
         time.sleep(0.02)
 
 
+def test_a_plugins_thread_does_not_keep_vaepp_run_alive(spec: str, tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    fault = {"kind": "linger", "rank": 0, "stage": "load"}
+    sizes = ["--set", "parallel.tensor_parallel_size=1", "--set", "parallel.vae_patch_parallel_size=1"]
+    done = light(spec, *sizes, "--quiet", tmp_path=tmp_path, fault=fault, **place)
+    assert (done.returncode, done.stdout) == (0, "/pictures/a red cube.png\n")
+    assert re.fullmatch(
+        r"vaepp-run: rank 0: warning: all work is done, but the thread 'uploader' \(\S+ in _wait\) "
+        r"kept vaepp-run alive; ended after 5 s\n",
+        done.stderr,
+    )
+
+
 def test_half_a_launcher_is_refused(spec: str, tmp_path: Path) -> None:
     done = light(spec, tmp_path=tmp_path, RANK="0")
     assert done.returncode == 2

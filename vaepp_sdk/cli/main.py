@@ -18,9 +18,12 @@ from types import FrameType
 from typing import TextIO
 
 import vaepp_sdk
+from vaepp_sdk.cli.streams import let_go, open_missing
 from vaepp_sdk.errors import VaeppError, VaeppWarning
 from vaepp_sdk.runtime.inplace import end_with_launcher
+from vaepp_sdk.runtime.leaving import GRACE, leave_soon
 from vaepp_sdk.runtime.voice import complain, first_to_say, tell
+from vaepp_sdk.text import reason_of
 
 __all__ = ["entry_point", "main"]
 
@@ -35,17 +38,19 @@ class _SignalledError(BaseException):
 
 def entry_point() -> None:
     """The console script."""
+    open_missing()
     if "RANK" in os.environ:
         end_with_launcher()
         # Where a rank is gone, torch's store prints a C++ stack for each try to reach it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = main(sys.argv[1:])
+    let_go(sys.stdout)
+    let_go(sys.stderr)
     if "RANK" in os.environ and code:
         # Under a launcher the other ranks may be gone: finalizers could wait for them.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     gc.freeze()  # plugins may have brought torch along: searching all of it for cycles takes a second
+    leave_soon(code, _tell_what_lingers)
     sys.exit(code)
 
 
@@ -59,10 +64,14 @@ def main(arguments: Sequence[str]) -> int:
         except VaeppError as error:
             tell(str(error), *getattr(error, "__notes__", ()))
             return error.exit_code
-        except BrokenPipeError:
-            # Whoever read our output has gone; what is left in the buffer must not fail once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # whoever read our output has gone
             return 128 + signal.SIGPIPE
+        except OSError:
+            full = let_go(sys.stdout, "\n")  # an unbuffered stream holds nothing that would fail again
+            if full is None:
+                raise
+            complain(f"the results cannot be printed: {reason_of(full)}; what was saved stays")
+            return 1
         except KeyboardInterrupt as error:
             _tell_end("SIGINT", error)
             return 128 + signal.SIGINT
@@ -78,6 +87,11 @@ def _tell_end(signal_name: str, error: BaseException) -> None:
     if (joined or notes) and first_to_say(signal_name):
         why = ", as launchers do when another rank or node has failed" if joined else ""
         complain(f"ended by {signal_name}{why}", *notes)
+
+
+def _tell_what_lingers(what: str) -> None:
+    """Say what a plugin has left in this process."""
+    tell(f"warning: all work is done, but {what} kept vaepp-run alive; ended after {GRACE:g} s")
 
 
 def _parser() -> argparse.ArgumentParser:

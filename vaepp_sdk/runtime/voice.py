@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -51,11 +52,15 @@ def hush() -> None:
 
 
 def complain(message: str, *notes: str) -> None:
-    """One block on stderr; under a launcher it says which rank speaks, unless the message names one."""
+    """One block on stderr; under a launcher it says which rank speaks, unless the message names one.
+
+    Where nothing can be written there, nobody hears, and the run and its exit code stay what they are.
+    """
     rank = os.environ.get("RANK")
     name = f"vaepp-run: rank {clean(rank)}" if rank and not message.startswith("rank ") else "vaepp-run"
     lines = [f"{name}: {message}", *(f"  {note}" for note in notes)]
-    print(safe("\n".join(lines)), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(safe("\n".join(lines)), file=sys.stderr, flush=True)
 
 
 def tell(message: str, *notes: str) -> None:
