@@ -155,6 +155,10 @@ def test_other_programs_names_and_strengths_are_read(
             },
             f"{COLUMNS}.weight has the shape (48, 48), and its change (96, 48)",
         ),
+        (
+            lambda state: state | {f"transformer.{COLUMNS}.alpha": torch.ones(2)},
+            f"{COLUMNS} has an alpha of shape (2,)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -178,6 +182,13 @@ def test_strengths_that_are_not_known_are_refused(
     adapter = written(tmp_path / "dora.safetensors", factors(stored, COLUMNS), use_dora=True)
     with pytest.raises(UnsupportedError, match="its metadata asks for use_dora"):
         load(tiny_model, adapter)
+    adapter = written(tmp_path / "text.safetensors", factors(stored, COLUMNS), lora_alpha="6")
+    with pytest.raises(UnsupportedError, match='its metadata gives the strength "6", which is no number'):
+        load(tiny_model, adapter)
+    metadata = {"lora_adapter_metadata": "[1]"}
+    save_file(factors(stored, COLUMNS), tmp_path / "list.safetensors", metadata=metadata)
+    with pytest.raises(UnsupportedError, match=r"list.safetensors cannot be used: it cannot be read"):
+        load(tiny_model, Adapter(str(tmp_path / "list.safetensors")))
 
 
 def test_a_spec_names_adapters_beside_it(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from vaepp_sdk.dit.tensor import Shard
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.spec.adapters import Adapter
+from vaepp_sdk.text import shown
 
 __all__ = ["fuse_adapters"]
 
@@ -75,7 +76,7 @@ def _pairs(adapter: Adapter, component: str) -> Mapping[str, _Pair]:
     """The changes in a file, by the name of the layer."""
     try:
         tensors, metadata = _read(adapter.path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise _refused(adapter, f"it cannot be read ({type(error).__name__})") from error
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -94,6 +95,8 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     """A file's tensors, and what peft says of them."""
     with safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata is no table")
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - no mapping
 
 
@@ -103,7 +106,9 @@ def _alpha(adapter: Adapter, metadata: Mapping[str, Any], component: str) -> flo
         if metadata.get(f"{component}.{key}"):
             raise _refused(adapter, f"its metadata asks for {key}, which is not supported")
     alpha = metadata.get(f"{component}.lora_alpha")
-    return None if alpha is None else float(alpha)
+    if alpha is not None and not isinstance(alpha, int | float):
+        raise _refused(adapter, f"its metadata gives the strength {shown(alpha)}, which is no number")
+    return alpha
 
 
 def _part(key: str) -> tuple[str, str]:
@@ -120,6 +125,8 @@ def _pair(adapter: Adapter, layer: str, found: Mapping[str, torch.Tensor], alpha
     down, up = found["down"], found["up"]
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.numel():
         raise _refused(adapter, f"{layer} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}")
+    if "alpha" in found and found["alpha"].numel() != 1:
+        raise _refused(adapter, f"{layer} has an alpha of shape {tuple(found['alpha'].shape)}")
     rank = down.shape[0]
     # The strength stands beside the factors, or in the file's metadata as peft writes it; else it is 1.
     strength = found["alpha"].item() if "alpha" in found else rank if alpha is None else alpha
