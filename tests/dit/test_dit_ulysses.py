@@ -65,6 +65,11 @@ def test_what_cannot_be_split_is_refused() -> None:
     ):
         with SplitAttention(split, [Joined(((4, 4),))]), pytest.raises(UnsupportedError, match=words):
             F.scaled_dot_product_attention(query, query, query, **settings)
+    # As long on the first rank only: refused on both.
+    for index in range(2):
+        split = SequenceSplit(Row(None, index, 2), Row(None, 0, 1))
+        with pytest.raises(UnsupportedError, match="cannot tell them apart"):
+            SplitAttention(split, [Joined(((5, 4),)), Joined(((5, 5),))])
 
 
 def test_two_sequences_lie_in_the_wholes_order_after_a_trade() -> None:

@@ -200,12 +200,21 @@ class SplitAttention(Takeover):
     Args:
         split: the ranks.
         layouts: how the sequences lie on them that each kind of attention sees; told apart by their length.
+
+    Raises:
+        UnsupportedError: on some rank two of them are equally long; on every rank alike.
     """
 
     function = F.scaled_dot_product_attention
 
     def __init__(self, split: SequenceSplit, layouts: Sequence[Joined]) -> None:
         super().__init__()
+        for rank in range(split.size):
+            if len({sum(layout.held(rank)) for layout in layouts}) < len(layouts):
+                raise UnsupportedError(
+                    "two kinds of attention see as many tokens, so ulysses and ring cannot tell them apart; "
+                    "use other dimensions, or another size"
+                )
         self._split = split
         self._layouts = {sum(layout.held(split.index)): layout for layout in layouts}
         size = split.ulysses.size
