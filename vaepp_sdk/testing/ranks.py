@@ -67,7 +67,7 @@ def run_ranks(
 
 
 def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
-    """Every rank's result, or the failure of the first rank that failed."""
+    """Every rank's result, or the failure of the rank that failed first."""
     limit = time.monotonic() + timeout
     results: dict[int, Any] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -75,16 +75,21 @@ def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
         ready = wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
         if not ready:
             raise RankFailedError(f"ranks {sorted(waiting.values())} did not end within {timeout:g} s")
+        failures: list[tuple[float, str]] = []
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                good, value = pickle.loads(pipe.recv_bytes())  # noqa: S301  # from our own child
+                good, value, when = pickle.loads(pipe.recv_bytes())  # noqa: S301  # from our own child
             except EOFError:
-                raise RankFailedError(f"rank {rank} died without a word") from None
-            if not good:
-                raise RankFailedError(f"rank {rank} raised:\n{value}")
-            results[rank] = value
+                failures.append((0.0, f"rank {rank} died without a word"))
+                continue
+            if good:
+                results[rank] = value
+            else:
+                failures.append((when, f"rank {rank} raised:\n{value}"))
+        if failures:  # ranks that waited for the one to blame fail after it
+            raise RankFailedError(min(failures)[1])
     return [results[rank] for rank in sorted(results)]
 
 
@@ -114,7 +119,8 @@ def _rank_main(
         result = target(rank, *arguments)
         dist.barrier()
         # Plain pickle copies tensors; the connection's own would share memory that ends with this rank.
-        pipe.send_bytes(pickle.dumps((True, result)))
+        pipe.send_bytes(pickle.dumps((True, result, time.monotonic())))
         dist.destroy_process_group()
     except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        when = time.monotonic()
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc(), when)))
