@@ -232,6 +232,15 @@ def test_every_exported_name_can_be_imported() -> None:
         assert getattr(vaepp_sdk, word) is not None
 
 
+def test_a_type_checker_and_completion_see_the_names_there_are() -> None:
+    """A `__getattr__` that a type checker sees would let every misspelt name pass."""
+    import vaepp_sdk
+
+    top = tree(ROOT / "vaepp_sdk" / "__init__.py").body
+    assert "__getattr__" not in {node.name for node in top if isinstance(node, ast.FunctionDef)}
+    assert set(vaepp_sdk.__all__) <= set(dir(vaepp_sdk))
+
+
 def test_every_package_is_in_the_wheel() -> None:
     import tomli
 

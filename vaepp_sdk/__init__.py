@@ -40,7 +40,7 @@ from vaepp_sdk.errors import (
 from vaepp_sdk.markers import hookimpl
 
 if TYPE_CHECKING:
-    from vaepp_sdk.pipeline import Pipeline
+    from vaepp_sdk.pipeline import Pipeline, Result
     from vaepp_sdk.spec import PipelineSpec
     from vaepp_sdk.vae.api import parallelize_vae
 
@@ -60,6 +60,7 @@ __all__ = [
     "PluginError",
     "RankError",
     "RequestError",
+    "Result",
     "RunError",
     "Rung",
     "SequencePlan",
@@ -82,12 +83,19 @@ __version__ = "0.1.0"
 _LAZY = {
     "Pipeline": "vaepp_sdk.pipeline",
     "PipelineSpec": "vaepp_sdk.spec",
+    "Result": "vaepp_sdk.pipeline",
     "parallelize_vae": "vaepp_sdk.vae.api",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a lazy name."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        """Import a lazy name."""
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """Lazy names too, for those who look for what there is."""
+        return sorted({*globals(), *_LAZY})
