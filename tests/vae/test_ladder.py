@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from vae_zoo import build
 from vaepp_sdk.entries import Rung, StrategyEntry, load_object
 from vaepp_sdk.markers import hookimpl
 from vaepp_sdk.registry import Plugin, Registry, default_registry
+from vaepp_sdk.vae import memory
 from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.ladder import MAX_ATTEMPTS, Ladder, Step
 from vaepp_sdk.vae.ledger import Ledger
-from vaepp_sdk.vae.memory import host_room, is_out_of_memory
+from vaepp_sdk.vae.memory import host_room, is_out_of_memory, room
 from vaepp_sdk.vae.plan import EVERYONE, Move, Work
 
 
@@ -149,9 +151,21 @@ def test_fewer_pictures_come_last() -> None:
     )
 
 
+def test_of_steps_that_need_as_much_the_lowest_is_the_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ladder("tile", shape=(4, 16, 16, 16))
+    *others, lowest = steps.below()
+    assert lowest.images == 1
+    monkeypatch.setattr(Step, "peak", lambda *_: 7)
+    found = steps.next([steps.top(), others[0]], (0,))
+    assert found is not None
+    assert found.key == lowest.key
+
+
 def test_what_fits_is_found_by_each_ranks_own_room() -> None:
     steps = ladder("shard")
     top = steps.top()
+    assert steps.fitting(top.plan.peak_bytes).key == top.key
+    assert top.peak((5,)) == top.peak(), "a rank that only helps it land has no estimate of its own"
     assert steps.fitting([None, None]).key == steps.fitting([10**12, 10**12]).key == top.key
     found = steps.fitting([10**12, top.plan.peak_bytes[1] - 1])
     assert found.plan.peak_bytes[1] < top.plan.peak_bytes[1]
@@ -201,3 +215,23 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_the_host_has_room() -> None:
     free = host_room()
     assert free is None or free > 2**20
+
+
+def test_the_host_has_no_more_room_than_the_tightest_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits of groups around this process's own hold too; pages of files count as free."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    inner = tmp_path / "cgroup" / "job" / "step"
+    inner.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:name=old:/elsewhere\n0::/job/step\n")
+    assert memory._cgroup_room() is None
+    for group, limit, used, idle in ((inner, "max", 10, 0), (inner.parent, "5000", 4000, 300)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 7\ninactive_file {idle}\n")
+    assert host_room() == 1300
+    assert room(torch.device("cpu"), sharers=4) == 325
+    (inner / "memory.max").write_text("100\n")
+    assert host_room() == 90

@@ -80,6 +80,10 @@ def test_the_plan_counts_what_lands() -> None:
     outside_rank0 = 2 * 3 * (7 * 3 + 3 * 8) * 4
     assert rank0.bytes_sent() == outside_rank0
     assert [move.dst for move in rank0.moves] == [0]
-    assert [(move.src, move.dst) for move in everywhere.moves] == [(0, EVERYONE), (1, EVERYONE)]
+    # One after the other, as ranks call broadcasts.
+    assert [(move.round, move.src, move.dst) for move in everywhere.moves] == [
+        (0, 0, EVERYONE),
+        (1, 1, EVERYONE),
+    ]
     assert everywhere.bytes_sent() == (WORLD - 1) * whole().numel() * 4
     assert make_plan("sharded").moves == ()

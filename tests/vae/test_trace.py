@@ -79,6 +79,28 @@ def test_sources_name_the_layer_whose_output_is_read_unchanged() -> None:
     assert [call.inside for call in calls] == [-1, 0, 0, 0, 0, 0]
 
 
+class Nested(nn.Module):
+    """Holds most before it calls its layers, of which one does nothing but call another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.act = nn.Sequential(nn.Conv2d(4, 4, 1)), nn.SiLU()
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = torch.cat([value] * 8).mean(0, keepdim=True)
+        result: torch.Tensor = self.act(self.outer(value))
+        return result
+
+
+def test_of_nested_calls_the_innermost_is_the_source_and_each_has_its_own_peak() -> None:
+    found = trace(Nested())
+    calls = {call.name: call for call in found.calls}
+    assert found.calls[calls["act"].source].name == "outer.0"
+    values = 4 * 8 * 8
+    assert found.peak == found.calls[0].peak == 9 * values  # eight copies, and their mean
+    assert [calls[name].peak for name in ("outer", "act")] == [2 * values, 3 * values]
+
+
 def test_a_decode_is_listed_with_shapes_and_settings() -> None:
     vae = tiny_kl()
     found = trace_layers(vae, vae.decoder, (1, 16, 8, 8))

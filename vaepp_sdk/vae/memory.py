@@ -16,6 +16,7 @@ _WORDS = re.compile(
     r"CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED"
 )
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,7 +48,7 @@ def room(device: torch.device, sharers: int) -> int | None:
 
 
 def host_room() -> int | None:
-    """Bytes of host memory that are free or easily freed, within this control group's limit."""
+    """Bytes of host memory that are free or easily freed, within the limits of its control groups."""
     found = [value for value in (_meminfo("MemAvailable"), _cgroup_room()) if value is not None]
     return min(found, default=None)
 
@@ -60,11 +61,19 @@ def _meminfo(name: str) -> int | None:
 
 
 def _cgroup_room() -> int | None:
-    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
+    """The least room of this process's control group and those around it, whose limits hold too."""
+    own = next((line[3:] for line in _lines(_OWN_CGROUP) if line.startswith("0::")), "/")
+    inner = _CGROUP / own.strip("/")
+    found = [_room_in(group) for group in (inner, *inner.parents) if group.is_relative_to(_CGROUP)]
+    return min((room for room in found if room is not None), default=None)
+
+
+def _room_in(group: Path) -> int | None:
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
     if not limit or not used or not limit[0].isdigit():
         return None
     # File pages that have not been used of late count as used, and go when memory is asked for.
-    idle = [line.split()[1] for line in _lines(_CGROUP / "memory.stat") if line.startswith("inactive_file ")]
+    idle = [line.split()[1] for line in _lines(group / "memory.stat") if line.startswith("inactive_file ")]
     return max(0, int(limit[0]) - int(used[0]) + int(idle[0] if idle else 0))
 
 
