@@ -150,7 +150,13 @@ def scene_refused(rank: int) -> dict[str, Any]:
 
 def scene_disagree(rank: int) -> dict[str, Any]:
     vae = tiled()
+    wrapped = parallelize_vae(vae, strategy="tile")
+    own = torch.randn(1, 16, 13, 11, generator=torch.Generator().manual_seed(rank))
     return {
+        "latents": error_of(lambda: wrapped.decode(own)),
+        "pictures": error_of(lambda: wrapped.encode(own[:, :3])),
+        "shape": error_of(lambda: wrapped.decode(own[:, :, rank:])),
+        "after": torch.equal(wrapped.decode(latents()).sample, vae.decode(latents()).sample),
         "size": error_of(lambda: parallelize_vae(vae, size=rank + 1)),
         "strategy": error_of(lambda: parallelize_vae(vae, strategy=["tile", "patch"][rank])),
         "bad on one": error_of(lambda: parallelize_vae(vae, output=["all", "nowhere"][rank])),  # type: ignore[arg-type]
@@ -313,6 +319,15 @@ def test_disagree(both: list[dict[str, Any]]) -> None:
         for what in ("size", "strategy", "bad on one"):
             assert seen[what][0] == "AgreementError", what
             assert "different arguments on ranks" in seen[what][1]
+        for what, before in (("latents", "decoding"), ("pictures", "encoding")):
+            kind, words = seen[what]
+            assert kind == "AgreementError"
+            said = (
+                f"ranks do not agree before {before}: the input (seed all ranks alike, or broadcast it) is "
+            )
+            assert words.startswith(f"{said}float32 [1, ")
+        assert "the work plan is tile" in seen["shape"][1]
+        assert seen["after"]
 
 
 def test_hooks(both: list[dict[str, Any]]) -> None:
@@ -332,7 +347,7 @@ def test_upcast(both: list[dict[str, Any]]) -> None:
 
 
 def in_a_smaller_group(rank: int) -> Any:
-    """The DiT group is ranks 1 and 2 of the job: its first rank is rank 1."""
+    """The DiT group is ranks 1 and 2 of the job; where rank 1 works alone, nobody looks at what 2 has."""
     group = dist.new_group([1, 2])
     if rank == 0:
         return None
@@ -340,15 +355,20 @@ def in_a_smaller_group(rank: int) -> Any:
     expected = vae.decode(latents()).sample.detach()
     everywhere = parallelize_vae(vae, group=group, strategy="tile").decode(latents()).sample
     first = parallelize_vae(vae, group=group, strategy="tile", output="rank0").decode(latents()).sample
+    blocks = parallelize_vae(vae, group=group, size=1, strategy="shard", row_blocks=2)
+    vae.disable_tiling()
+    whole = vae.decode(latents()).sample
+    lone = blocks.decode(latents() if rank == 1 else torch.zeros_like(latents())).sample
     return (
         torch.equal(everywhere, expected),
+        torch.allclose(lone, whole, rtol=0, atol=2e-5 * whole.abs().max()),
         first.shape[0],
         bool(first.shape[0]) and torch.equal(first, expected),
     )
 
 
 def test_a_group_that_is_not_the_world() -> None:
-    assert run_ranks(3, in_a_smaller_group)[1:] == [(True, 1, True), (True, 0, False)]
+    assert run_ranks(3, in_a_smaller_group)[1:] == [(True, True, 1, True), (True, True, 0, False)]
 
 
 def in_a_pipeline(rank: int, folder: str) -> Any:

@@ -90,7 +90,7 @@ def parallelize_vae(
     # A launcher says how many ranks this machine has; without one it may have all of them.
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     made = ParallelVAE(adapter, view, chooser, output, on_oom=on_oom, sharers=sharers)
-    made.descent.on_plan = PlanGate(Gate(timeout, group))
+    made.descent.on_plan = PlanGate(Gate(timeout, group), sharers=view)
     return made
 
 

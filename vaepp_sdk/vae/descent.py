@@ -56,7 +56,7 @@ def nothing_to_free() -> None:
     """No memory that could be given back."""
 
 
-def _unheard(planned: WorkPlan | Exception) -> None:
+def _unheard(planned: WorkPlan | Exception, value: torch.Tensor | None) -> None:
     """A plan that nobody waits for."""
 
 
@@ -74,8 +74,8 @@ class Descent:
         output: where results land.
         on_oom: whether to step down, or to fail on all ranks alike.
         free_more: frees what the VAE does not need, such as a transformer that waits; called on every rank.
-        on_plan: told of each plan before its first message, on every rank; or of the error that kept this
-            rank from one.
+        on_plan: told of each plan before its first message, on every rank, and the first time of what it is
+            for; or of the error that kept this rank from a plan.
         sharers: ranks that share this host's memory.
         failed_before: the ranks on which what was asked for has failed already, outside of this; where there
             are any, it is not tried again.
@@ -88,7 +88,7 @@ class Descent:
     output: Output
     on_oom: OnOom = "step_down"
     free_more: Callable[[], None] = nothing_to_free
-    on_plan: Callable[[WorkPlan | Exception], None] = _unheard
+    on_plan: Callable[[WorkPlan | Exception, torch.Tensor | None], None] = _unheard
     sharers: int = 1
     failed_before: tuple[int, ...] = ()
     steps: tuple[StepDown, ...] = ()
@@ -113,7 +113,7 @@ class Descent:
         else:
             step, tried = self._first(ladder, value.device)
         while True:
-            landed, failed = self._attempt(ladder, step, value)
+            landed, failed = self._attempt(ladder, step, value, again=bool(tried))
             if not failed:
                 self._settled[key] = (step, self.steps)
                 return landed
@@ -140,14 +140,14 @@ class Descent:
         try:
             return plan()
         except Exception as error:
-            self.on_plan(error)
+            self.on_plan(error, None)
             raise
 
     def _first(self, ladder: Ladder, device: torch.device) -> tuple[Step, list[Step]]:
         """The step to begin with, and those that have failed before."""
         self.steps = ()
         top = self.planned(ladder.top)
-        self.on_plan(top.plan)  # the other ranks may not have come so far: they would wait in vain
+        self.on_plan(top.plan, None)  # the other ranks may not have come so far: they would wait in vain
         if self.failed_before:
             return self._lower(ladder, [top], dict.fromkeys(self.failed_before, "")), [top]
         if self.on_oom == "fail":
@@ -172,12 +172,12 @@ class Descent:
         return [None if free < 0 else free for free in shared]
 
     def _attempt(
-        self, ladder: Ladder, step: Step, value: torch.Tensor
+        self, ladder: Ladder, step: Step, value: torch.Tensor, *, again: bool
     ) -> tuple[list[Landed], dict[int, str]]:
         """Try one step: what landed, and the ranks whose memory was not enough, each with what it said."""
         landed: list[Landed] = []
         for part in value.split(step.images):
-            found, error = self._part(ladder, step, part)
+            found, error = self._part(ladder, step, part, again=again)
             flags = self.group.share(_flag(error), "whether the other ranks have done their parts")
             self._raise_failure(error, flags, ladder.work.direction)
             failed = {rank: "" for rank, flag in enumerate(flags) if flag == _OUT_OF_MEMORY}
@@ -197,11 +197,14 @@ class Descent:
             cause = "it raised an error, which is told there; nothing is left of its messages"
             raise PeerError(self.group.rank, broken, direction, cause)
 
-    def _part(self, ladder: Ladder, step: Step, part: torch.Tensor) -> tuple[Landed | None, Exception | None]:
+    def _part(
+        self, ladder: Ladder, step: Step, part: torch.Tensor, *, again: bool
+    ) -> tuple[Landed | None, Exception | None]:
         """This rank's share of some pictures, or its error once its messages are played out."""
         strategy, plan = self.planned(lambda: ladder.planned(step, part.shape[0]))
         self.plan = plan
-        self.on_plan(plan)
+        # Looking at the input once more would need memory where there was none.
+        self.on_plan(plan, None if again else part)
         run: Callable[..., Landed] = strategy.decode if plan.work.direction == "decode" else strategy.encode
         ledger = Ledger(plan.moves, self.group.rank)
         self.group.watch = ledger

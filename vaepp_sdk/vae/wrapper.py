@@ -113,6 +113,7 @@ class ParallelVAE(nn.Module):
         Raises:
             TypeError: the wrapped class's `decode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            AgreementError: ranks have different plans or inputs; on every rank.
             RankError: a rank's memory is not enough, whatever is tried; on every rank alike.
             PeerError: another rank is gone or did not answer in time.
         """
@@ -129,6 +130,7 @@ class ParallelVAE(nn.Module):
         Raises:
             TypeError: the wrapped class's `encode` does not take these arguments.
             UnsupportedError: this work cannot be done; on every rank alike, before any collective.
+            AgreementError: ranks have different plans or inputs; on every rank.
             RankError: a rank's memory is not enough, whatever is tried; on every rank alike.
             PeerError: another rank is gone or did not answer in time.
         """
