@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cli.commands import DRIVER, environment, light, run_folders, write_spec
-from runtime.processes import runs, wait_until_gone
+from runtime.processes import listeners, runs, wait_until_gone
 
 
 @pytest.fixture
@@ -310,6 +310,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Pa
     ranks = children_when_ready(launcher.pid, 2)
     assert all(runs(pid) for pid in ranks)
     time.sleep(8)  # rank 1 is in C, rank 0 waits for it
+    assert listeners(ranks) == {"0100007F"}, "gloo's; torchrun's own store is torchrun's"
     launcher.kill()
     launcher.wait()
     limit = time.monotonic() + 5

@@ -51,6 +51,16 @@ def wait_until_gone(sessions: Iterable[int], seconds: float) -> list[int]:
 
 def listeners(pids: Iterable[int]) -> set[str]:
     """The addresses, in hexadecimal, on which processes listen for TCP."""
+    return {local for local, state in _sockets(pids) if state == "0A"}
+
+
+def talks(pids: Iterable[int]) -> set[str]:
+    """The local addresses, in hexadecimal, of what processes have open over TCP and UDP."""
+    return {local for local, _ in _sockets(pids)}
+
+
+def _sockets(pids: Iterable[int]) -> set[tuple[str, str]]:
+    """The local address and the state of each socket of IP that processes hold."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -59,9 +69,9 @@ def listeners(pids: Iterable[int]) -> set[str]:
                 if target.startswith("socket:["):
                     inodes.add(target[8:-1])
     found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1].rpartition(":")[0])
+            if fields[9] in inodes:
+                found.add((fields[1].rpartition(":")[0], fields[3]))
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime.processes import listeners, of_job, wait_until_gone
+from runtime.processes import listeners, of_job, talks, wait_until_gone
 
 from vaepp_sdk.errors import (
     OutputError,
@@ -251,13 +251,15 @@ def test_a_fork_of_the_caller_owns_no_ranks() -> None:
     pool.close()
 
 
-def test_a_joined_job_listens_on_loopback_only() -> None:
-    pool = make_pool(JOINED)
+def test_a_joined_job_is_on_loopback_only() -> None:
+    """Rank 0's store and gloo's sockets, those that listen and those that talk; the caller has none left."""
+    pool = make_pool(JOINED, size=3)
     pool.start()
     pool.run({})
-    found = listeners(pool.pids())
-    assert found
-    assert found == {"0100007F"}
+    assert all(listeners([pid]) for pid in pool.pids()), "each rank's gloo listens"
+    mapped = "0000000000000000FFFF00000100007F"  # the same address, as sockets of IPv6 write it
+    assert talks(pool.pids()) <= {"0100007F", mapped}
+    assert talks([os.getpid()]) == set()
     pool.close()
 
 
