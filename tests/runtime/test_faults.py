@@ -28,7 +28,7 @@ CRASHES = {
     "_exit": r"its process ended early with exit code 0",
     "_exit 3": r"its process ended early with exit code 3",
     "KILL": r"its process was killed by SIGKILL \(the system kills so when memory runs out\)",
-    "SEGV": r"its process was killed by SIGSEGV",
+    "SEGV": r"killed by SIGSEGV; its last words: Segmentation fault at .*stand_ins\.py:\d+ in _strike",
 }
 
 

@@ -215,10 +215,13 @@ def test_warnings_of_ranks_are_given_once_in_the_caller() -> None:
     pool.close()
 
 
-def test_a_bad_end_after_close_is_told(tmp_path: Path) -> None:
-    pool = make_pool(fault={"kind": "_exit 3", "rank": 1, "stage": "close"})
+@pytest.mark.parametrize(
+    ("kind", "words"), [("_exit 3", "exit code 3"), ("raise", "ValueError: struck on rank 1")]
+)
+def test_a_bad_end_after_close_is_told(kind: str, words: str, tmp_path: Path) -> None:
+    pool = make_pool(fault={"kind": kind, "rank": 1, "stage": "close"})
     pool.start()
-    with pytest.warns(VaeppWarning, match="rank 1 did not end in good order: .*exit code 3; the logs"):
+    with pytest.warns(VaeppWarning, match=f"rank 1 did not end in good order: .*{words}; the logs"):
         pool.close()
     assert len(run_folders(tmp_path)) == 1
 

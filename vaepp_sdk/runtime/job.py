@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +23,11 @@ __all__ = ["Job", "RunFolder"]
 
 _PREFIX, _OWNER = "vaepp-run-", "owner"
 _TAIL = 2**16
+_CRASH = re.compile(
+    r'^Fatal Python error: (.+)$(?:\n.*)*?\nCurrent thread .*\n  File "(.+)", line (\d+) in (.+)$',
+    re.MULTILINE,
+)
+"""What Python's fault handler writes: what happened, then the stacks of all threads."""
 
 
 @attrs.frozen(kw_only=True)
@@ -99,11 +105,13 @@ class RunFolder:
         return self.path / f"rank{rank}.stacks"
 
     def last_line(self, rank: int) -> str:
-        """The last line that a rank has printed; its log may be of any length, or gone."""
+        """The last line a rank printed, or where it crashed. Its log may be of any length, or gone."""
         text = ""
         with contextlib.suppress(OSError), self.log(rank).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             text = file.read(_TAIL).decode(errors="replace")
+        if crash := _CRASH.search(text):
+            return one_line("{} at {}:{} in {}".format(*crash.groups()), 160)
         lines = [line for line in text.splitlines() if line.strip()]
         return one_line(lines[-1], 160) if lines else ""
 

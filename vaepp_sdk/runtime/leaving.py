@@ -66,11 +66,17 @@ def _what_runs() -> str:
 
 
 def _place(thread: threading.Thread) -> str:
-    """Where a thread stands, beyond Python's own library."""
+    """Where a thread stands, in what is not Python's own library if it has come from there."""
+    frames = []
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARY) or "-packages" in file:
-            return f" ({file}:{frame.f_lineno} in {frame.f_code.co_name})"
+        frames.append(frame)
         frame = frame.f_back
+    plugins = [one for one in frames if not _is_library(one.f_code.co_filename)]
+    for one in (plugins or frames)[:1]:
+        return f" ({one.f_code.co_filename}:{one.f_lineno} in {one.f_code.co_name})"
     return ""
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARY) and "-packages" not in file

@@ -81,7 +81,9 @@ class WorkerPool:
         self._why_closed = self._why_closed or "it was closed"
         if os.getpid() == self._owner and self._finalizer.detach():
             self._supervisor.stop(now)
-            self._drain()
+            # An error that ends the ranks tells more than a warning that was made an error.
+            with contextlib.suppress(*([VaeppWarning] if now else [])):
+                self._drain()
 
     def pids(self) -> list[int]:
         """The process ids of the ranks, by rank."""

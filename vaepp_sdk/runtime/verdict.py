@@ -92,6 +92,8 @@ def bad_end(ranks: Sequence[Evidence], late: Container[int]) -> str | None:
         if one.rank in late:
             work = "its work was done, but" if one.beat.done else "it was not done with its work, and"
             what = f"{work} its process did not end"
+        elif one.record:
+            what = one.record.cause
         elif one.ending is None or not one.ending.may_be_good or not one.beat.done:
             what = str(one.ending)
         else:
