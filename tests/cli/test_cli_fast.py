@@ -100,6 +100,32 @@ def test_plugins(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ZImagePipeline" in found["allowlist"]
 
 
+ENDING = """
+import os
+{at_import}
+from vaepp_sdk import hookimpl
+VAEPP_API = 1
+
+@hookimpl
+def vaepp_register_vaes(register):
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("at_import", "code"), [("os._exit(0)", 0), ("", 2)], ids=["import", "hook"])
+def test_a_plugin_cannot_end_vaepp_run_without_a_word(at_import: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "ending.py").write_text(ENDING.format(at_import=at_import))
+    package = tmp_path / "ending-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: ending\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vaepp_sdk]\nending = ending\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = real("--plugins", tmp_path=tmp_path, PYTHONPATH=path)
+    assert done.returncode == code
+    assert f"os._exit(0) is called by {tmp_path}/ending.py:" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     assert capsys.readouterr().out == schema_text()

@@ -11,15 +11,16 @@ import gc
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import vaepp_sdk
 from vaepp_sdk.cli.streams import let_go, open_missing
-from vaepp_sdk.errors import VaeppError, VaeppWarning
+from vaepp_sdk.errors import RunError, VaeppError, VaeppWarning
 from vaepp_sdk.runtime.inplace import end_with_launcher
 from vaepp_sdk.runtime.leaving import GRACE, leave_soon
 from vaepp_sdk.runtime.voice import complain, first_to_say, tell
@@ -57,7 +58,7 @@ def entry_point() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    with _signals_raise(), _warnings_in_one_line():
+    with _signals_raise(), _exits_raise(), _warnings_in_one_line():
         try:
             code: int = _command(options)
             sys.stdout.flush()
@@ -182,6 +183,25 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _exits_raise() -> Iterator[None]:
+    """Let a plugin's `os._exit` in this thread fail the run: with 0, it would look like a good end."""
+    leave, here = os._exit, (os.getpid(), threading.get_ident())
+
+    def refuse(status: int) -> NoReturn:
+        if (os.getpid(), threading.get_ident()) != here:  # a fork, or a thread of ours that ends this process
+            leave(status)
+        caller = sys._getframe(1)
+        place = f"{caller.f_code.co_filename}:{caller.f_lineno} in {caller.f_code.co_name}"
+        raise RunError(f"os._exit({status}) is called by {place}")
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 @contextmanager
