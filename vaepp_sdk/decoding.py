@@ -22,7 +22,7 @@ from vaepp_sdk.registry import Registry
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.stages import PipelineStages, PixelStages
 from vaepp_sdk.vae.chooser import StrategyChooser
-from vaepp_sdk.vae.descent import StepDown
+from vaepp_sdk.vae.descent import OnOom, StepDown
 from vaepp_sdk.vae.landing import Piece, ShardedSample
 from vaepp_sdk.vae.plan import Box, Output
 from vaepp_sdk.vae.wrapper import ParallelVAE
@@ -212,7 +212,9 @@ def _parallel(
     chooser = StrategyChooser(registry, settings.strategy, pipeline.strategies, pick, settings.options)
     adapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
     chooser.check(adapter)
-    return ParallelVAE(adapter, view, chooser, output, on_oom=settings.on_oom)
+    # Checked when the spec was loaded, so it is one of the two.
+    on_oom: OnOom = settings.on_oom  # type: ignore[assignment]
+    return ParallelVAE(adapter, view, chooser, output, on_oom=on_oom)
 
 
 def _steps_down(vae: Any, resolved: Resolved, registry: Registry) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import attrs
 import torch
@@ -22,8 +22,8 @@ from vaepp_sdk.vae.plan import Output, Work, WorkPlan
 
 __all__ = ["Descent", "OnOom", "StepDown", "nothing_to_free"]
 
-OnOom = str
-"""`step_down`, or `fail`."""
+OnOom = Literal["step_down", "fail"]
+"""What happens where a rank's memory is not enough."""
 
 PlannedT = TypeVar("PlannedT")
 
