@@ -14,7 +14,7 @@ from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import ClipLayers, Direction, TileGrid
 from vaepp_sdk.vae.frames import TimeTiles
 from vaepp_sdk.vae.landing import ShardedSample
-from vaepp_sdk.vae.trace import LayerTrace, trace_layers
+from vaepp_sdk.vae.trace import LayerTrace, plain_settings, trace_layers
 
 __all__ = ["Adapter", "strided_grid", "strided_time"]
 
@@ -32,7 +32,7 @@ class Adapter(VaeAdapter):
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
-        self._traces: dict[tuple[Direction, int], LayerTrace] = {}
+        self._traces: dict[tuple[Any, ...], LayerTrace] = {}
 
     def on_tiles(self) -> Self:
         """See `VaeAdapter.on_tiles`."""
@@ -70,8 +70,11 @@ class Adapter(VaeAdapter):
         return ClipLayers(trace=trace, enough=enough, chunk=chunk)
 
     def _traced(self, direction: Direction, frames: int, front: tuple[int, ...], ratio: int) -> LayerTrace:
-        """One direction for one number of frames, traced once; `front` are the input's other axes."""
-        key = (direction, frames)
+        """One direction for one number of frames, traced once; `front` are the input's other axes.
+
+        Which layers are called may depend on the VAE's switches, which may change between calls.
+        """
+        key = (direction, frames, plain_settings(self.vae))
         if key not in self._traces:
             side = 8 if direction == "decode" else 8 * ratio
             adapter = self.traced_adapter(direction)

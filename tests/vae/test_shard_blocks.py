@@ -14,6 +14,7 @@ import torch
 from counted import counted
 from pipeline_jobs import loaded, resolved_for, run
 from shard_cases import Case, Expected, close, expect, landed, prepared, whole
+from vae_zoo import build
 from vaepp_strategies.shard_limit import parse_bytes
 
 from vaepp_sdk import UnsupportedError, parallelize_vae
@@ -223,6 +224,19 @@ def test_a_vae_that_is_no_straight_sequence_runs_bands_in_turn(name: str) -> Non
     else:
         assert close(whole(again.encode(value)), expect(case))
         assert 0 < again.last_plan.extra_work < 0.2
+
+
+def test_switches_that_change_which_layers_run_may_change_between_calls() -> None:
+    vae = build("AutoencoderKLCogVideoX")
+    vae.disable_tiling()
+    wrapped = parallelize_vae(vae, strategy="shard", row_blocks=2)
+    latents = torch.randn(1, vae.config.latent_channels, 7, 6, 4, generator=torch.Generator().manual_seed(3))
+    for frames in (2, 3):
+        vae.num_latent_frames_batch_size = frames
+        with torch.no_grad():
+            wanted = vae.decode(latents).sample
+        found = wrapped.decode(latents).sample
+        assert torch.allclose(found, wanted, rtol=0, atol=2e-5 * wanted.abs().max())
 
 
 def test_a_pipeline_on_one_rank_takes_the_options(tiny_model: Path) -> None:

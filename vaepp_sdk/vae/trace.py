@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vaepp_sdk.vae.live_bytes import LiveBytes
 
-__all__ = ["INPUT", "UNKNOWN", "LayerCall", "LayerTrace", "trace_layers"]
+__all__ = ["INPUT", "UNKNOWN", "LayerCall", "LayerTrace", "plain_settings", "trace_layers"]
 
 INPUT = -1
 """The source of a layer that reads the traced input itself."""
@@ -142,7 +142,7 @@ class _Recorder(TorchDispatchMode):
     def _settings_of(self, module: nn.Module) -> tuple[tuple[str, Any], ...]:
         """Read once: a video VAE calls each layer many times."""
         if id(module) not in self._settings:
-            self._settings[id(module)] = _settings(module)
+            self._settings[id(module)] = plain_settings(module)
         return self._settings[id(module)]
 
     def end(self, output: Any) -> None:
@@ -237,7 +237,7 @@ def _dtype(vae: nn.Module) -> torch.dtype:
     return next((value.dtype for value in vae.parameters() if value.is_floating_point()), torch.float32)
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def plain_settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The module's plain public attributes; sub-modules, tensors and switches such as `training` are not."""
     plain = {
         name: value
