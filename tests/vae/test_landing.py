@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import attrs
 import torch
 
 from vaepp_sdk.parallel.view import VaeGroup
@@ -19,16 +20,33 @@ WINDOWS = (
 )
 
 
-def make_plan(output: Output) -> WorkPlan:
-    work = Work(direction="decode", shape=(2, 4, 2, 2), itemsize=4, ranks=3, world_size=WORLD, output=output)
+def make_plan(output: Output, landed_itemsize: int | None = None) -> WorkPlan:
+    work = Work(
+        direction="decode",
+        shape=(2, 4, 2, 2),
+        itemsize=4,
+        ranks=3,
+        world_size=WORLD,
+        output=output,
+        landed_itemsize=landed_itemsize,
+    )
     plan = WorkPlan(
         strategy="any", work=work, windows=WINDOWS, out_shape=SHAPE, moves=(), peak_bytes=(0, 0, 0)
     )
     sizes = {window.index: plan.piece_bytes(window) for window in WINDOWS}
-    moves = landing_moves(WINDOWS, sizes, output, WORLD, 0)
-    return WorkPlan(
-        strategy="any", work=work, windows=WINDOWS, out_shape=SHAPE, moves=moves, peak_bytes=(0, 0, 0)
-    )
+    return attrs.evolve(plan, moves=landing_moves(WINDOWS, sizes, output, WORLD, 0))
+
+
+@attrs.define
+class Bytes:
+    """Finishes pieces as whole numbers of one byte."""
+
+    places: list[tuple[int, int]] = attrs.field(factory=list)
+    dtype = torch.uint8
+
+    def __call__(self, values: torch.Tensor, top: int, left: int) -> torch.Tensor:
+        self.places.append((top, left))
+        return values.to(self.dtype)
 
 
 def whole() -> torch.Tensor:
@@ -46,6 +64,11 @@ def landed(rank: int) -> dict[str, object]:
         result = land(pieces, group, plan, torch.float32, torch.device("cpu"))
         sent = (group.traffic.messages, group.traffic.nbytes)
         found[output] = (result.sample, [(piece.box, piece.tensor) for piece in result.pieces], sent)
+    group, plan = VaeGroup.over(None, 3), make_plan("rank0", landed_itemsize=1)
+    group.finish = finish = Bytes()
+    pieces = {window.index: whole()[(..., *window.target.slices)] / 4 for window in plan.owned(rank)}
+    result = land(pieces, group, plan, torch.float32, torch.device("cpu"))
+    found["finished"] = (result.sample, finish.places, group.traffic.nbytes, plan.bytes_sent(rank))
     return found
 
 
@@ -73,6 +96,14 @@ def test_pieces_reach_the_ranks_that_want_them_and_nothing_else_moves() -> None:
         assert [box for box, _ in pieces] == [window.target for window in WINDOWS if window.owner == rank]
         for box, tensor in pieces:
             assert torch.equal(tensor, whole()[(..., *box.slices)])
+
+        sample, places, sent, planned = found["finished"]
+        assert places == [
+            (window.target.top, window.target.left) for window in WINDOWS if window.owner == rank
+        ]
+        assert sent == planned == (sum(piece_bytes[1:]) // 4 if rank == 1 else 0)
+        if rank == 0:
+            assert torch.equal(sample, (whole() / 4).to(torch.uint8))
 
 
 def test_the_plan_counts_what_lands() -> None:
