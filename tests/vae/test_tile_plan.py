@@ -108,7 +108,7 @@ def test_dealing_is_never_worse_than_the_best_contiguous_cut(costs: list[int], r
 
 def test_largest_first_where_a_contiguous_cut_balances_worse() -> None:
     assert deal([3, 1, 4, 4], 2) == (0, 1, 0, 1)  # contiguous: 8 and 4; largest first: 7 and 5
-    assert deal([1, 5, 1, 5], 2) == (0, 0, 1, 1)  # equal loads: contiguous
+    assert deal([2, 2, 2, 2], 2) == (0, 0, 1, 1)  # equal loads: contiguous, not (0, 1, 0, 1)
 
 
 def test_the_guides_example_is_dealt_by_area() -> None:
