@@ -76,6 +76,18 @@ def test_windows_hold_core_and_halo_and_nothing_beyond_the_picture(planned: tupl
         assert part.length <= part.core_length + (2 * halo + 1) * unit + unit
 
 
+def test_a_last_core_of_less_than_a_latent_has_context_without_a_halo_too() -> None:
+    facts = attrs.evolve(FACTS, encode_rounds_up=True)
+    first, last = plan_patches(facts, work((1, 3, 13, 8), 2, direction="encode"), 0, "none").parts.parts
+    assert (first.start, first.length) == (0, 8)
+    assert (last.core_start, last.core_length, last.start, last.length) == (8, 5, 0, 13)
+
+
+def test_the_rank_on_which_it_lands_has_room_for_the_picture_twice() -> None:
+    plan = plan_patches(FACTS, work((1, 16, 60, 4), 12), 0, "none")
+    assert plan.peak_bytes[0] == 2 * plan.work.landed_bytes(plan.out_shape) > plan.peak_bytes[1]
+
+
 @given(plans())
 def test_the_crop_has_the_targets_size_and_fits_the_windows_output(planned: tuple[PatchPlan, int]) -> None:
     plan, _ = planned
