@@ -5,40 +5,62 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
+
+from vaepp_sdk.dit_rules import excluded_faults
+from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault
+from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.signature import CallSignature, signature_faults
 from vaepp_sdk.size_rules import CallSize, size_faults
 from vaepp_sdk.spec.calls import COUNTS, MAX_IMAGES, call_faults, each_prompt
 from vaepp_sdk.spec.values import MAX_INTEGER
 from vaepp_sdk.text import shown
 
-__all__ = ["request_faults"]
+__all__ = ["CallRules"]
 
 
-def request_faults(
-    call: Mapping[str, Any],
-    signature: CallSignature | None,
-    pipeline: str,
-    path: str = "$.call",
-    sizes: Sequence[CallSize] = (),
-) -> list[Fault]:
-    """Every fault of the arguments of one request, `seed` included.
+@attrs.frozen(kw_only=True)
+class CallRules:
+    """What the arguments of a call must fit.
 
-    Args:
-        call: the arguments as they would be used.
-        signature: what the pipeline's call takes, or None where nobody knows.
+    Attributes:
         pipeline: the pipeline's class.
-        path: where the arguments stand.
-        sizes: which sizes the pipeline can make.
+        entry: its entry, or None where no plugin has one.
+        signature: what its call takes, or None where nobody knows.
+        sizes: which sizes it can make.
+        dims: the layout that denoises.
     """
-    faults = call_faults(call, path)
-    further = size_faults(call, sizes, path)
-    if signature is not None:
-        further = signature_faults(signature, call, path) + further
-    for fault in further:
-        if fault.path not in {one.path for one in faults}:
-            faults.append(fault)
-    return faults or _whole_faults(call, signature, pipeline, path)
+
+    pipeline: str
+    entry: PipelineEntry | None = None
+    signature: CallSignature | None = None
+    sizes: Sequence[CallSize] = ()
+    dims: ParallelDims = attrs.field(factory=ParallelDims)
+
+    def argument_faults(self, call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
+        """Every fault of arguments as they are written; a spec need not write all of them.
+
+        Args:
+            call: the arguments.
+            path: where they stand.
+        """
+        faults = signature_faults(self.signature, call, path) if self.signature is not None else []
+        faults += size_faults(call, self.sizes, path)
+        return faults + excluded_faults(self.dims, call, self.entry, path)
+
+    def request_faults(self, call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
+        """Every fault of the arguments of one request, `seed` included.
+
+        Args:
+            call: the arguments as they would be used.
+            path: where they stand.
+        """
+        faults = call_faults(call, path)
+        for fault in self.argument_faults(call, path):
+            if fault.path not in {one.path for one in faults}:
+                faults.append(fault)
+        return faults or _whole_faults(call, self.signature, self.pipeline, path)
 
 
 def _whole_faults(

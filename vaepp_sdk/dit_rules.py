@@ -45,8 +45,10 @@ def dit_faults(
     return faults
 
 
-def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntry | None) -> list[Fault]:
-    """Every argument of a call that does not work on a layout."""
+def excluded_faults(
+    dims: ParallelDims, call: Mapping[str, Any], entry: PipelineEntry | None, path: str = "$.call"
+) -> list[Fault]:
+    """Every argument of a call, told where it stands, that does not work on a layout."""
     plan = entry.dit if entry is not None and entry.dit is not None else DiTPlan()
     faults = []
     for name, excluded in plan.excludes.items():
@@ -55,7 +57,7 @@ def excluded_faults(dims: ParallelDims, call: Mapping[str, Any], entry: Pipeline
             keys = " and ".join(f"{KEYS[axis]}={dims.sizes[axis]}" for axis in axes)
             rest = ", ".join(axis for axis in plan.axes if axis not in excluded)
             fix = f"leave it out, or use other dimensions: {rest}"
-            faults.append(Fault(f"$.call.{name}", f"it does not work with {keys}", fix))
+            faults.append(Fault(f"{path}.{name}", f"it does not work with {keys}", fix))
     return faults
 
 

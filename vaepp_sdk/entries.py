@@ -90,7 +90,8 @@ class StrategyEntry:
             as keyword arguments and returns a `vaepp_sdk.vae.strategy.Strategy`.
         promise: what it guarantees and against which reference, in one sentence.
         options: the settings it takes.
-        uses_tiling: True where the VAE's own tiling must be on for it to do its work.
+        uses_tiling: True where the VAE's own tiling must be on for it to do its work; False where it does
+            not look at that switch.
         single_rank_options: options that make it do on one rank what the plain VAE does not, where they
             are not at their defaults.
         validated_for: VAE classes and pipelines of other plugins, by name, that this strategy's author has

@@ -26,6 +26,7 @@ from vaepp_sdk.errors import UnsupportedError, VaeppWarning
 from vaepp_sdk.events import StageEnd
 from vaepp_sdk.keeping import Keeper
 from vaepp_sdk.latents import LatentStore, load_latents
+from vaepp_sdk.model_rules import IDLE_OFFLOAD
 from vaepp_sdk.nonfinite import check_latents
 from vaepp_sdk.offload import Residence
 from vaepp_sdk.parallel.gate import Gate
@@ -167,6 +168,7 @@ class Executor:
         if self._resolved.spec.output is not None and self._group.rank == 0:
             self._saver.folder.prepare()  # before hours of work, not after
         resolved, entry = self._resolved, self._resolved.entry
+        model = resolved.spec.model
         self._pipe = build_pipeline(resolved, self._group)
         if entry is None:
             vae = getattr(self._pipe, "vae", None)
@@ -174,9 +176,8 @@ class Executor:
             return
         if moves_by_stage(resolved, self._group):
             self._residence = Residence.of(self._pipe, entry, self._group.device)
-        elif resolved.spec.model.offload == "stages" and self._group.rank == 0:
-            text = "model.offload takes no effect: ranks compute on the CPU, where modules live already."
-            warnings.warn(text, VaeppWarning, stacklevel=2)
+        elif model.offload == "stages" and model.device == "auto" and self._group.rank == 0:
+            warnings.warn(IDLE_OFFLOAD, VaeppWarning, stacklevel=2)
         self._stages = load_object(entry.stages, f"pipeline {entry.name!r}")()
         self._decoder = Decoder.build(
             self._pipe,

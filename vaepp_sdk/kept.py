@@ -85,6 +85,8 @@ class KeptRun:
         Raises:
             UserError: it holds no latents, or a file that is broken or not of the same request.
         """
+        if folder == "":
+            raise UserError("found an empty string; give the folder of a run, as in out/run-7")
         place = Path(folder).absolute()
         paths = sorted(place.glob(_FILES)) if place.is_dir() else []
         if not paths:

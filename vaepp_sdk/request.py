@@ -8,8 +8,6 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.call_rules import request_faults
-from vaepp_sdk.dit_rules import excluded_faults
 from vaepp_sdk.errors import SpecError
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.spec.calls import copied, each_prompt
@@ -71,8 +69,7 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
         SpecError: with every fault of the arguments.
     """
     call = {**resolved.spec.call, **overrides}
-    faults = request_faults(call, resolved.signature, resolved.pipeline_class, sizes=resolved.sizes)
-    faults += excluded_faults(resolved.dims, call, resolved.entry)
+    faults = resolved.call_rules.request_faults(call)
     if faults:
         raise SpecError(faults, f"request {number}")
     seed = call.pop("seed", None)

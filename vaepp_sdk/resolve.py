@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,16 +10,16 @@ from typing import Any
 
 import attrs
 
-from vaepp_sdk.call_rules import request_faults
-from vaepp_sdk.dit_rules import dit_faults, dit_notices, excluded_faults
+from vaepp_sdk.call_rules import CallRules
+from vaepp_sdk.dit_rules import dit_faults, dit_notices
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
-from vaepp_sdk.model_folder import fetch_weights, open_model
-from vaepp_sdk.model_rules import model_faults
+from vaepp_sdk.model_folder import ModelFolder, fetch_weights, open_model, variant_faults
+from vaepp_sdk.model_rules import model_faults, model_notices
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
-from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature, signature_faults
-from vaepp_sdk.size_rules import CallSize, read_sizes, size_faults
+from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature
+from vaepp_sdk.size_rules import read_sizes
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
@@ -48,9 +48,8 @@ class Resolved:
         notices: what the user is told, once, one sentence each.
         clip_rate: frames a second of the video files that clips are saved as; None saves each frame as a
             picture.
-        signature: what the pipeline's call takes, or None where its source cannot be found.
+        call_rules: what the arguments of a request must fit.
         decode_only: whether latents are there already, so that of the model only the VAE is loaded.
-        sizes: which sizes the pipeline can make; not handed to ranks, which are asked for no others.
     """
 
     spec: PipelineSpec
@@ -61,10 +60,10 @@ class Resolved:
     vae_size: int
     use_tiling: bool | None
     notices: tuple[str, ...]
-    clip_rate: int | None = None
-    signature: CallSignature | None = None
+    clip_rate: int | None
+    # Ranks need only part of it: they are asked for what has been checked.
+    call_rules: CallRules = attrs.field(eq=False)
     decode_only: bool = False
-    sizes: tuple[CallSize, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold, for handing the decisions to ranks."""
@@ -94,7 +93,7 @@ class Resolved:
             use_tiling=data["use_tiling"],
             notices=tuple(data["notices"]),
             clip_rate=data["clip_rate"],
-            signature=_signature(data["pipeline_class"], entry),
+            call_rules=_call_rules(spec, data["pipeline_class"], entry),
             decode_only=data["decode_only"],
         )
 
@@ -121,16 +120,15 @@ def resolve(
     try:
         folder = open_model(spec.model)
         entry = registry.pipelines.get(folder.pipeline_class)
-        signature = _signature(folder.pipeline_class, entry)
+        rules = _call_rules(spec, folder.pipeline_class, entry, None if decode_only else folder)
         dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
-        faults += excluded_faults(dims, spec.call, entry)
         faults += vae_faults(spec.vae, size, entry, registry)
         faults += model_faults(spec.model, folder.pipeline_class, entry)
-        sizes = () if decode_only else read_sizes(entry, folder)
-        faults += _call_faults(spec, signature, sizes)
+        faults += variant_faults(spec.model, folder) if spec.model.folder is not None else []
+        faults += _call_faults(spec, rules)
         if upcoming is not None and not faults:
-            faults += _upcoming_faults(upcoming, spec, signature, folder.pipeline_class, sizes)
+            faults += _upcoming_faults(upcoming, spec.call, rules)
         if faults:
             raise SpecError(faults)
         model_path = fetch_weights(spec.model, folder)
@@ -147,46 +145,46 @@ def resolve(
         use_tiling=decision.use_tiling,
         notices=(
             *registry.problems,
-            *_model_notices(spec, folder.pipeline_class, signature),
+            *model_notices(spec.model),
+            *_signature_notices(folder.pipeline_class, rules.signature),
             *_whole_notices(spec, folder.pipeline_class, entry),
             *([] if decode_only else dit_notices(dims, spec.call, folder, entry)),
             *_clip_notices(spec, folder.pipeline_class, entry),
             *decision.notices,
         ),
         clip_rate=_clip_rate(spec, entry),
-        signature=signature,
+        call_rules=rules,
         decode_only=decode_only,
-        sizes=sizes,
     )
 
 
-def _call_faults(
-    spec: PipelineSpec, signature: CallSignature | None, sizes: Sequence[CallSize]
-) -> list[Fault]:
+def _call_rules(
+    spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None, folder: ModelFolder | None = None
+) -> CallRules:
+    """What calls must fit; without a folder not what denoising needs, as where latents are there already."""
+    return CallRules(
+        pipeline=pipeline,
+        entry=entry,
+        signature=_signature(pipeline, entry),
+        sizes=read_sizes(entry, folder) if folder is not None else (),
+        dims=spec.parallel.dims if folder is not None else ParallelDims(),
+    )
+
+
+def _call_faults(spec: PipelineSpec, rules: CallRules) -> list[Fault]:
     """The faults of what the spec writes, each told where it stands."""
     written = {"$.call": spec.call}
     if spec.more_calls:
         calls = (spec.call, *spec.more_calls)
         written = {f"$.call[{index}]": call for index, call in enumerate(calls)}
-    faults = []
-    for path, call in written.items():
-        if signature is not None:
-            faults += signature_faults(signature, call, path)
-        faults += size_faults(call, sizes, path)
-    return faults
+    return [fault for path, call in written.items() for fault in rules.argument_faults(call, path)]
 
 
-def _upcoming_faults(
-    upcoming: Upcoming,
-    spec: PipelineSpec,
-    signature: CallSignature | None,
-    pipeline: str,
-    sizes: Sequence[CallSize],
-) -> list[Fault]:
+def _upcoming_faults(upcoming: Upcoming, shared: Mapping[str, Any], rules: CallRules) -> list[Fault]:
     faults = list(upcoming.faults)
     known = {fault.path for fault in faults}
     for call in upcoming.calls:
-        found = request_faults({**spec.call, **call.arguments}, signature, pipeline, call.path, sizes)
+        found = rules.request_faults({**shared, **call.arguments}, call.path)
         faults += [fault for fault in found if fault.path not in known]
     if len(faults) <= _MAX_TOLD:
         return faults
@@ -206,13 +204,10 @@ def _signature(pipeline_class: str, entry: PipelineEntry | None) -> CallSignatur
     raise SpecError([Fault("$.model.id", found, "install a diffusers or a plugin that has it")])
 
 
-def _model_notices(spec: PipelineSpec, pipeline: str, signature: CallSignature | None) -> list[str]:
-    notices = []
-    if spec.model.folder is not None and spec.model.revision is not None:
-        notices.append("model.revision takes no effect: the model is a local folder.")
-    if signature is None:
-        notices.append(f"[call] is not checked: the source of {pipeline} does not show what its call takes.")
-    return notices
+def _signature_notices(pipeline: str, signature: CallSignature | None) -> list[str]:
+    if signature is not None:
+        return []
+    return [f"[call] is not checked: the source of {pipeline} does not show what its call takes."]
 
 
 def _whole_notices(spec: PipelineSpec, pipeline: str, entry: PipelineEntry | None) -> list[str]:

@@ -79,9 +79,14 @@ def decide_vae(
         )
         size = ranks
     use_tiling = vae.vae_use_tiling
-    if size == 1:
-        notices += [] if serves_one_rank(vae, entry, registry) else _idle(vae, pipeline)
-    elif entry is not None and not use_tiling and _uses_tiling(vae.strategy, entry, registry):
+    if entry is None or not (size > 1 or serves_one_rank(vae, entry, registry)):
+        notices += _idle(vae, ranks, pipeline)
+    elif not _uses_tiling(vae.strategy, entry, registry):
+        if use_tiling:
+            told = f"strategy {vae.strategy!r} does not work tile by tile"
+            notices.append(f"vae.vae_use_tiling takes no effect: {told}.")
+            use_tiling = None
+    elif not use_tiling:
         notices.append(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks.")
         use_tiling = True
     return VaeDecision(size, use_tiling, tuple(notices))
@@ -118,12 +123,13 @@ def _uses_tiling(strategy: str, entry: PipelineEntry, registry: Registry) -> boo
     return any(registry.strategy(name).uses_tiling for name in names)
 
 
-def _idle(vae: VaeSpec, pipeline: str) -> list[str]:
+def _idle(vae: VaeSpec, ranks: int, pipeline: str) -> list[str]:
     """One sentence naming the settings that only matter where ranks share the VAE's work."""
     default = VaeSpec()
-    names = [
-        name for name in ("strategy", "output", "options") if getattr(vae, name) != getattr(default, name)
-    ]
+    named = {name: getattr(vae, name) for name in ("strategy", "output", "options")}
+    if ranks > 1 and vae.output == "all":
+        del named["output"]  # each rank then decodes for itself
+    names = [name for name, value in named.items() if value != getattr(default, name)]
     if not names:
         return []
     keys = ", ".join(f"vae.{name}" for name in names)

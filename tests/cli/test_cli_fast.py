@@ -65,6 +65,16 @@ def test_a_bad_spec_is_refused_without_torch(tmp_path: Path) -> None:
         ([], "which spec?"),
         (["nowhere.toml"], "nowhere.toml"),
         (["--check", "nowhere.toml"], "nowhere.toml"),
+        ([""], "found an empty string; give the path of a TOML file"),
+        (["--resume", ""], "found an empty string; give the folder of a run"),
+        (["--plugins", "a.toml"], "--plugins does not go together with a spec: "),
+        (["--plugins", ""], "--plugins does not go together with a spec: "),
+        (["--plugins", "--schema"], "--plugins does not go together with --schema: "),
+        (["--schema", "--set", "a.b=1"], "--schema does not go together with --set: "),
+        (["--schema", "--check"], "--schema does not go together with --check: "),
+        (["--resume", "run-0", "a.toml"], "--resume does not go together with a spec: "),
+        (["--resume", "run-0", "--prompts", "p"], "--resume does not go together with --prompts: "),
+        (["--check", "--quiet", "a.toml"], "--check does not go together with --quiet: "),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -148,6 +158,12 @@ def test_check_says_what_would_run(
     assert main([spec, "--check", "--json", "--set", "parallel.vae_patch_parallel_size=1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["vae_size"], found["pipeline_class"]) == (1, "ZImagePipeline")
+    assert main([spec, "--check", "--set", "vae.strategy=shard", "--set", "vae.vae_use_tiling=true"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == "vae       2 ranks, strategy shard, output rank0; tiling: off"
+    assert "vae.vae_use_tiling takes no effect: strategy 'shard'" in shown.err
+    assert main([spec, "--check", "--prompts", ""]) == 2
+    assert "--prompts: 1 fault\n  $: found an empty string" in capsys.readouterr().err
     assert main([spec, "--check", "--set", "call.seed=-1"]) == 2
     assert "$.call.seed" in capsys.readouterr().err
 

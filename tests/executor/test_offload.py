@@ -60,7 +60,7 @@ def test_a_rank_without_a_text_encoder_moves_the_rest() -> None:
 
 def test_the_executor_enters_each_stage_and_the_picture_stays(tiny_model: Path) -> None:
     wanted = run(loaded(resolved_for(tiny_model)), resolved_for(tiny_model)).images
-    model = {"id": str(tiny_model), "dtype": "float32", "device": "cpu", "offload": "stages"}
+    model = {"id": str(tiny_model), "dtype": "float32", "device": "auto", "offload": "stages"}
     resolved = resolved_for(tiny_model, model=model)
     with pytest.warns(VaeppWarning, match=r"model.offload takes no effect: ranks compute on the CPU"):
         executor = loaded(resolved)

@@ -17,8 +17,9 @@ MODEL = '[model]\nid = "org/name"\n'
 
 # name: (text or bytes of the file, path in the message, what works in the message)
 TEXTS: dict[str, tuple[str | bytes, str, str]] = {
-    "empty": ("", "$.model", "write it"),
-    "blank": ("\n \n", "$.model", "write it"),
+    "empty": ("", "$.model", "write a table [model] with id"),
+    "blank": ("\n \n", "$.model", "write a table"),
+    "no id": ("[model]\n", "$.model.id", "write it: A hub id"),
     "unknown table": (MODEL + "[paralel]\n", "$.paralel", "did you mean 'parallel'?"),
     "unknown key": (
         MODEL + "[parallel]\ntensor_paralel_size = 2",
@@ -98,6 +99,7 @@ TEXTS: dict[str, tuple[str | bytes, str, str]] = {
         "$.call.max_sequence_length",
         "at most 65536",
     ),
+    "text zero": (MODEL + "[call]\nmax_sequence_length = 0", "$.call.max_seq", "at least 1"),
     "width huge": (MODEL + f"[call]\nwidth = {10**30}", "$.call.width", "at most 65536"),
     "steps zero": (MODEL + "[call]\nnum_inference_steps = 0", "$.call.num_inference_steps", "at least 1"),
     "steps negative": (MODEL + "[call]\nnum_inference_steps = -1", "$.call.num_inference", "at least 1"),
@@ -203,7 +205,7 @@ def odd_files(tmp_path: Path) -> Iterator[dict[str, tuple[Path | str, str]]]:
         "socket": (tmp_path / "socket", "it is a socket"),
         "NUL": ("a\0b", "NUL"),
         "long": ("x" * 300, "longer than a file name can be"),
-        "empty name": ("", "it is a folder"),
+        "empty name": ("", "found an empty string"),
     }
     listener.close()
 

@@ -95,8 +95,11 @@ def test_only_what_the_pipeline_needs_is_fetched(hub: Hub) -> None:
 
 
 def test_a_variant_is_fetched_where_it_is_asked_for(hub: Hub) -> None:
-    resolve(hub_spec("model.variant=fp16"), REGISTRY)
+    with pytest.raises(SpecError, match=r"model\.variant: the model has no safetensors files of \"fp16\""):
+        resolve(hub_spec("model.variant=fp16"), REGISTRY)
     assert "transformer/model.fp16.safetensors" in hub.fetched(1, FILES)
+    (hub.folder / "transformer" / "model.fp16.safetensors").touch()
+    resolve(hub_spec("model.variant=fp16"), REGISTRY)
 
 
 def test_faults_come_before_the_weights(hub: Hub) -> None:

@@ -15,8 +15,10 @@ from vaepp_sdk.errors import SpecError
 from vaepp_sdk.parallel.dims import AXES
 from vaepp_sdk.pipeline import prepare
 from vaepp_sdk.registry import default_registry
+from vaepp_sdk.request import make_request
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.spec import PipelineSpec
+from vaepp_sdk.spec.prompts import NamedCall, Upcoming
 
 
 @attrs.frozen
@@ -193,6 +195,27 @@ def test_every_fault_is_told_at_once(name: str, tmp_path: Path) -> None:
         prepared(name, tmp_path, {"cfg": 3, "pipeline": MODELS[name].layers + 1, "tensor": 7})
     wanted = [f"$.parallel.{KEYS[axis]}" for axis in ("cfg", "pipeline", "tensor")]
     assert [fault.path for fault in caught.value.faults] == wanted
+
+
+def test_an_argument_that_a_layout_excludes_is_found_in_every_request(tmp_path: Path) -> None:
+    model = MODELS["SD3.5 Large"]
+    path = model_folder(tmp_path / "model", model.pipeline, dict(model.config))
+    tables = {"model": {"id": str(path)}, "parallel": {"ulysses_degree": 2}}
+    layers = {"skip_guidance_layers": [1]}
+    told = "it does not work with ulysses_degree=2; leave it out, or use other dimensions: data, cfg, tensor"
+
+    def faults(call: Any, upcoming: Upcoming | None = None) -> list[str]:
+        with pytest.raises(SpecError) as caught:
+            prepare(PipelineSpec.load({**tables, "call": call}), upcoming=upcoming)
+        return [str(fault) for fault in caught.value.faults]
+
+    assert faults({"prompt": "a", **layers}) == [f"$.call.skip_guidance_layers: {told}"]
+    later = [{"prompt": "a"}, {"prompt": "b", **layers}, {"prompt": "c"}]
+    assert faults(later) == [f"$.call[1].skip_guidance_layers: {told}"]
+    line = Upcoming([NamedCall("p:1", "p:1: $", dict(layers))])
+    assert faults({"prompt": "a"}, line) == [f"p:1: $.skip_guidance_layers: {told}"]
+    resumed = prepare(PipelineSpec.load({**tables, "call": {"prompt": "a", **layers}}), decode_only=True)
+    assert make_request(resumed, {}, 0, save=False).call["skip_guidance_layers"] == [1], "it is denoised"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_larger_than_one_rank_is_the_plain_vae(model: Path) -> None:
     assert found.notices == ("vae_patch_parallel_size=4 is larger than the DiT group of 1; reduced to 1.",)
 
 
+TILING_IDLE = ("vae.vae_use_tiling takes no effect: strategy 'bands' does not work tile by tile.",)
 TILING_ON = ("vae_use_tiling is switched on for VAE patch parallelism over 2 ranks.",)
 
 
@@ -94,7 +95,7 @@ TILING_ON = ("vae_use_tiling is switched on for VAE patch parallelism over 2 ran
         ("tiles", False, True, TILING_ON),
         ("bands", None, None, ()),
         ("bands", False, False, ()),
-        ("bands", True, True, ()),
+        ("bands", True, None, TILING_IDLE),
     ],
 )
 def test_tiling_is_switched_on_where_the_strategy_needs_it(
@@ -117,6 +118,14 @@ def test_settings_without_effect_are_said(model: Path) -> None:
     assert resolved(model, vae={"vae_use_tiling": True}).use_tiling is True
 
 
+def test_without_vae_parallelism_every_rank_can_decode_for_itself(model: Path) -> None:
+    assert resolved(model, parallel=sizes(2, 1), vae={"output": "all"}).notices == ()
+    told = resolved(model, parallel=sizes(2, 1), vae={"output": "all", "strategy": "bands"}).notices
+    assert told == ("vae.strategy takes no effect: one rank does all of the VAE's work for ZImagePipeline.",)
+    told = resolved(model, parallel=sizes(2, 1), vae={"output": "sharded"}).notices
+    assert told[0].startswith("vae.output takes no effect: ")
+
+
 def test_an_option_can_give_one_rank_work(model: Path) -> None:
     class Alone(StandIn):
         @hookimpl
@@ -132,6 +141,8 @@ def test_an_option_can_give_one_rank_work(model: Path) -> None:
     vae = {"strategy": "bands", "output": "all", "options": {"halo": 3}}
     found = resolved(model, vae=vae, registry=registry)
     assert (found.vae_size, found.notices) == (1, ())
+    tiled = resolved(model, vae={**vae, "vae_use_tiling": True}, registry=registry)
+    assert (tiled.use_tiling, tiled.notices) == (None, TILING_IDLE)
     assert serves_one_rank(found.spec.vae, found.entry, registry)
     idle = resolved(model, vae={"strategy": "bands"}, registry=registry)
     assert idle.notices
@@ -352,6 +363,24 @@ def test_a_revision_of_a_local_folder_is_said(model: Path) -> None:
     assert resolved(model, ["model.revision=main"]).notices == (
         "model.revision takes no effect: the model is a local folder.",
     )
+
+
+def test_offloading_from_the_cpu_is_said(model: Path) -> None:
+    told = "model.offload takes no effect: ranks compute on the CPU, where modules live already."
+    here = ["model.offload=stages", "model.device=cpu"]
+    assert resolved(model, here).notices == (told,)
+    assert resolved(model, here[:1]).notices == (), "what `auto` is, ranks find out"
+
+
+def test_a_variant_that_a_folder_lacks(model: Path) -> None:
+    lacking = '$.model.variant: the model has no safetensors files of "fp16"; '
+    assert refused(model, ["model.variant=fp16"]) == [f"{lacking}leave it out"]
+    names = ("model.safetensors", "model.bf16.safetensors", "model.ema-00001-of-00002.safetensors")
+    for name in (*names, "model-00001-of-00002.safetensors", "model.fp16.bin"):
+        (model / "vae" / name).touch()
+    assert refused(model, ["model.variant=fp16"]) == [f"{lacking}it has those of bf16, ema; or leave it out"]
+    for variant in ("bf16", "ema"):
+        assert resolved(model, [f"model.variant={variant}"]).notices == ()
 
 
 def test_round_trip_to_a_rank(model: Path) -> None:

@@ -262,7 +262,7 @@ def test_return(both: list[dict[str, Any]]) -> None:
 
 
 def test_sizes(both: list[dict[str, Any]]) -> None:
-    larger = "vae_patch_parallel_size=5 is larger than the DiT group of 2; reduced to 2."
+    larger = "size=5 is larger than the group of 2 ranks; reduced to 2."
     assert [seen["larger"] for seen in both] == [[larger], []]
     for seen in both:
         assert seen["later"] == []
@@ -274,7 +274,7 @@ def test_sizes(both: list[dict[str, Any]]) -> None:
 
 def test_tiling_off(both: list[dict[str, Any]]) -> None:
     assert [len(seen["warned"]) for seen in both] == [1, 0]
-    assert "vae_use_tiling is switched on" in both[0]["warned"][0]
+    assert "the VAE's tiling is switched on" in both[0]["warned"][0]
     assert all(seen["on"] for seen in both)
 
 

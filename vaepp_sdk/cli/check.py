@@ -46,15 +46,16 @@ def check(source: str, overrides: Sequence[str], prompts: str | None, *, as_json
 
 def _decisions(resolved: Resolved) -> list[tuple[str, str]]:
     vae = resolved.spec.vae
-    tiling = {True: "on", False: "off", None: "the model's own setting"}[resolved.use_tiling]
     plain = "one rank, the plain VAE"
     ranks = "1 rank" if resolved.vae_size == 1 else f"{resolved.vae_size} ranks"
     shared = f"{ranks}, strategy {vae.strategy}, output {vae.output}"
-    alone = serves_one_rank(vae, resolved.entry, default_registry())
+    spread = resolved.vae_size > 1 or serves_one_rank(vae, resolved.entry, default_registry())
+    # A strategy that needs the VAE's tiling has it switched on; the others do not look at it.
+    tiling = {True: "on", False: "off", None: "off" if spread else "the model's own setting"}
     return [
         ("pipeline", resolved.pipeline_class),
         ("model", str(resolved.model_path)),
         ("device", resolved.spec.model.device),
         ("ranks", str(resolved.dims)),
-        ("vae", f"{shared if resolved.vae_size > 1 or alone else plain}; tiling: {tiling}"),
+        ("vae", f"{shared if spread else plain}; tiling: {tiling[resolved.use_tiling]}"),
     ]

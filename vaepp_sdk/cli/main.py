@@ -29,6 +29,21 @@ from vaepp_sdk.text import reason_of
 __all__ = ["entry_point", "main"]
 
 
+_ALONE = {
+    "--plugins": (
+        ("a spec", "--set", "--prompts", "--resume", "--check", "--quiet", "--schema"),
+        "it lists what is installed",
+    ),
+    "--schema": (
+        ("a spec", "--set", "--prompts", "--resume", "--check", "--quiet"),
+        "every spec has the same schema",
+    ),
+    "--resume": (("a spec", "--prompts", "--check"), "the run's folder holds the spec"),
+    "--check": (("--quiet",), "it draws no progress, and what it prints is what was asked for"),
+}
+"""What an argument does not go together with, because it would have no effect, and why."""
+
+
 class _SignalledError(BaseException):
     """A signal asked this process to end."""
 
@@ -132,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(options: argparse.Namespace) -> int:
     """Run the command that was asked for; each is imported at its use, so that all start fast."""
+    problem = _idle_argument(options)
+    if problem is not None:
+        complain(problem)
+        return 2
     if options.plugins:
         from vaepp_sdk.cli.plugins import list_plugins
 
@@ -142,7 +161,9 @@ def _command(options: argparse.Namespace) -> int:
         print(schema_text(), end="")
         return 0
     if options.resume is not None:
-        return _resume(options)
+        from vaepp_sdk.cli.run import resume
+
+        return resume(options.resume, options.set, as_json=options.json, quiet=options.quiet)
     if options.spec is None:
         complain("which spec? Name a TOML file; --help lists what else there is")
         return 2
@@ -155,15 +176,18 @@ def _command(options: argparse.Namespace) -> int:
     return run(options.spec, options.set, options.prompts, as_json=options.json, quiet=options.quiet)
 
 
-def _resume(options: argparse.Namespace) -> int:
-    others = {"a spec": options.spec, "--check": options.check, "--prompts": options.prompts}
-    other = next((name for name, value in others.items() if value), None)
-    if other is not None:
-        complain(f"--resume does not go together with {other}: the run's folder holds the spec")
-        return 2
-    from vaepp_sdk.cli.run import resume
-
-    return resume(options.resume, options.set, as_json=options.json, quiet=options.quiet)
+def _idle_argument(options: argparse.Namespace) -> str | None:
+    """What is said of an argument that another one leaves without effect."""
+    given = {
+        "a spec" if name == "spec" else f"--{name}"
+        for name, value in vars(options).items()
+        if value not in (None, False, [])
+    }
+    for name, (others, reason) in _ALONE.items():
+        other = next((other for other in others if other in given), None)
+        if name in given and other is not None:
+            return f"{name} does not go together with {other}: {reason}"
+    return None
 
 
 @contextmanager

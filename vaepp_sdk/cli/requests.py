@@ -53,6 +53,9 @@ def requests_of(spec: PipelineSpec, prompts: str | None) -> Upcoming:
     if spec.more_calls:
         found = f"it holds {len(spec.calls)} [[call]] entries, and --prompts names requests too"
         raise SpecError([Fault("$.call", found, "keep one [call] with what all share")], spec.source)
+    if not prompts:
+        fix = "give the path of a file of JSON lines"
+        raise SpecError([Fault("$", "found an empty string", fix)], "--prompts")
     return read_prompts(Path(prompts))
 
 

@@ -59,11 +59,8 @@ COMMON: Mapping[str, CommonKey] = {
     "height": _integer("The picture's height in pixels.", 1, 65536),
     "width": _integer("The picture's width in pixels.", 1, 65536),
     "num_inference_steps": _integer("Denoising steps.", 1, 10_000),
-    "max_sequence_length": CommonKey(
-        ValueType(frozenset({"integer"}), optional=True),
-        About(
-            help="The most tokens of a prompt, up to 65536; shorter ones may be padded to it.", maximum=65536
-        ),
+    "max_sequence_length": _integer(
+        "The most tokens of a prompt; shorter ones may be padded to it.", 1, 65536
     ),
     "num_images_per_prompt": _integer("Pictures of each prompt.", 1, MAX_IMAGES),
     "num_videos_per_prompt": _integer("Clips of each prompt.", 1, MAX_IMAGES),

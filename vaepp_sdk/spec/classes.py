@@ -70,7 +70,6 @@ class ModelSpec:
             "Where ranks compute; `auto` is `cuda` if it is there.", choices=("auto", "cuda", "cpu")
         ),
     )
-
     offload: str = attrs.field(
         default="none",
         metadata=about(
@@ -79,7 +78,6 @@ class ModelSpec:
             choices=("none", "stages"),
         ),
     )
-
     compile: str = attrs.field(
         default="off",
         metadata=about(
@@ -88,7 +86,6 @@ class ModelSpec:
             choices=("off", "inductor", "aot_eager", "eager"),
         ),
     )
-
     lora: tuple[Adapter, ...] = attrs.field(
         default=(),
         metadata=about(

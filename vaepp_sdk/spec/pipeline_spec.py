@@ -114,6 +114,8 @@ class PipelineSpec:
 def _open(source: object) -> tuple[Mapping[str, Any], str, Path]:
     """The tables behind a source, its name for messages, and the folder relative paths start from."""
     here = _working_folder()
+    if source == "":
+        raise SpecError([Fault("$", "found an empty string", "give the path of a TOML file")])
     if isinstance(source, PipelineSpec):
         return source.to_dict(), source.source, source.base
     if isinstance(source, Mapping):

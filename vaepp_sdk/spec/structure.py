@@ -154,7 +154,16 @@ def _faults(error: ClassValidationError, path: str, cls: type, homes: Mapping[st
             yield from cause.faults
         else:
             # All that cattrs itself can still object to is a key without default that is not there.
-            yield Fault(where, "it is missing", f"write it: {field.metadata[ABOUT].help}")
+            yield Fault(where, "it is missing", _how_to_write(field))
+
+
+def _how_to_write(field: attrs.Attribute[Any]) -> str:
+    """How a table or a key that has no default is written."""
+    table = table_class(field)
+    if table is None:
+        return f"write it: {field.metadata[ABOUT].help}"
+    needed = [name for name, inner in keys(table).items() if inner.default is attrs.NOTHING]
+    return f"write a table [{field.name}] with {' and '.join(needed)}"
 
 
 def _extra_faults(

@@ -84,7 +84,7 @@ def parallelize_vae(
     chooser = StrategyChooser(registry, strategy, entry.strategies, entry.pick, strategy_options)
     adapter: VaeAdapter = load_object(entry.adapter, f"VAE class {entry.name!r}")(vae)
     if chooser.uses_tiling and not adapter.facts().use_tiling:
-        _tell(f"vae_use_tiling is switched on for VAE patch parallelism over {size} ranks", group)
+        _tell(f"the VAE's tiling is switched on for VAE patch parallelism over {size} ranks", group)
         adapter.vae.enable_tiling()
     view = VaeGroup.over(group, size, timeout)
     # A launcher says how many ranks this machine has; without one it may have all of them.
@@ -100,11 +100,7 @@ def _checked_size(size: int | None, world_size: int, group: dist.ProcessGroup | 
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UnsupportedError(f"size is {size!r}; it must be an integer from 1 to {world_size}")
     if size > world_size:
-        _tell(
-            f"vae_patch_parallel_size={size} is larger than the DiT group of {world_size}; "
-            f"reduced to {world_size}.",
-            group,
-        )
+        _tell(f"size={size} is larger than the group of {world_size} ranks; reduced to {world_size}.", group)
         return world_size
     return size
 
