@@ -22,6 +22,7 @@ __all__ = [
     "BatchPlan",
     "CallsPlan",
     "ChainPlan",
+    "ConflictRule",
     "DiTPlan",
     "LighterRule",
     "Option",
@@ -36,6 +37,9 @@ __all__ = [
     "VaeEntry",
     "load_object",
 ]
+
+ConflictRule = Callable[[Mapping[str, Any]], tuple[str, str] | None]
+"""Says why options cannot be set together, as what was found and what would work, or None."""
 
 LighterRule = Callable[[Mapping[str, Any], "VaeFacts", "Work"], Sequence["Rung"]]
 """Names the ways down from a strategy with these options: pure, from facts that every rank has."""
@@ -96,6 +100,8 @@ class StrategyEntry:
             are not at their defaults.
         validated_for: VAE classes and pipelines of other plugins, by name, that this strategy's author has
             validated it for; it joins the strategies their entries allow.
+        conflict: the rule that says whether options, each of which is fine, go together. It is called before
+            a rank starts, with the options as they were written, so it must not import torch.
         lighter: the rule that names what to try, in this order, where a rank's memory is not enough, as
             `"module:attribute"`, or a callable. It is called with the options in use, the VAE's facts and the
             work, and returns `Rung`s; what cannot be planned, and what needs as much, is passed over. None:
@@ -109,6 +115,7 @@ class StrategyEntry:
     uses_tiling: bool = False
     single_rank_options: tuple[str, ...] = ()
     validated_for: tuple[str, ...] = ()
+    conflict: ConflictRule | None = None
     lighter: str | LighterRule | None = None
 
     def serves_one_rank(self, options: Mapping[str, Any]) -> bool:

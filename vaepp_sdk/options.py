@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vaepp_sdk.entries import Option, StrategyEntry
-from vaepp_sdk.errors import Fault
-from vaepp_sdk.text import key_path, shown
+from vaepp_sdk.errors import Fault, PluginError
+from vaepp_sdk.text import key_path, shown, told
 
 __all__ = ["nearest", "option_faults"]
 
@@ -38,6 +38,9 @@ def option_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -
         entry: the strategy.
         options: names and values, as the user wrote them.
         path: where they stand, as in `$.vae.options`.
+
+    Raises:
+        PluginError: the entry's rule `conflict` raised.
     """
     declared = {option.name: option for option in entry.options}
     faults = []
@@ -50,7 +53,20 @@ def option_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -
         problem = _problem(declared[name], value)
         if problem:
             faults.append(Fault(where, f"found {shown(value)}", problem))
-    return faults
+    return faults or _conflict_faults(entry, options, path)
+
+
+def _conflict_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -> list[Fault]:
+    """What the entry's own rule says of options that are each fine."""
+    if entry.conflict is None:
+        return []
+    try:
+        conflict = entry.conflict(options)
+        return [Fault(path, *map(str, conflict))] if conflict is not None else []
+    except Exception as error:
+        raise PluginError(
+            f"for strategy {entry.name}", f"its rule 'conflict' raised {told(error)}"
+        ) from error
 
 
 def _problem(option: Option, value: Any) -> str | None:

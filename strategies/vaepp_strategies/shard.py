@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vaepp_sdk import Option, StrategyEntry, hookimpl
+from vaepp_strategies.shard_options import shard_conflict
 
 VAEPP_API = 1
 
@@ -53,6 +54,7 @@ _ENTRY = StrategyEntry(
         ),
     ),
     single_rank_options=("row_blocks", "peak_limit", "recompute", "deterministic"),
+    conflict=shard_conflict,
     lighter="vaepp_strategies.lighter:below_shard",
 )
 

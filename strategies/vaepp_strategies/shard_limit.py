@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -10,6 +9,7 @@ import attrs
 
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_strategies.shard_memory import BandMemory, stage_blocks
+from vaepp_strategies.shard_options import UNITS, parse_bytes
 from vaepp_strategies.shard_recompute import leaner_sequences, sequence_work
 from vaepp_strategies.shard_stages import Sequence, Stage
 
@@ -18,15 +18,10 @@ __all__ = [
     "Recomputes",
     "RowBlocks",
     "block_counts",
-    "parse_bytes",
     "plan_blocks",
     "row_blocks_from",
     "shown_bytes",
 ]
-
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(KiB|MiB|GiB)")
-
 
 Recomputes = Literal["auto", "never", "always"]
 
@@ -66,40 +61,13 @@ class BlockPlan:
     extra_work: float
 
 
-def parse_bytes(text: str) -> int:
-    """The bytes of a size as in `"6GiB"` or `"1.5GiB"`.
-
-    Raises:
-        UnsupportedError: it is no number followed by KiB, MiB or GiB, or it is zero.
-    """
-    match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not size:
-        raise UnsupportedError(
-            f"peak_limit is {text!r}; it must be a number with KiB, MiB or GiB, as in '6GiB' or '900MiB'"
-        )
-    return size
-
-
 def row_blocks_from(
     row_blocks: int, peak_limit: str | None, recompute: Recomputes = "auto"
 ) -> RowBlocks | None:
-    """What the options ask for; None where nothing is to be run in row blocks.
-
-    Raises:
-        UnsupportedError: options are set that exclude one another, or one of them cannot be.
-    """
-    if peak_limit is None:
-        if row_blocks > 1:
-            return RowBlocks(count=row_blocks, limit=0, recompute=recompute)
-        if recompute != "auto":
-            raise UnsupportedError(
-                f"recompute = {recompute!r} has no effect without row blocks: set row_blocks or peak_limit"
-            )
-        return None
-    if row_blocks != 1:
-        raise UnsupportedError("row_blocks and peak_limit are both set; set one: peak_limit finds row_blocks")
-    return RowBlocks(count=0, limit=parse_bytes(peak_limit), recompute=recompute)
+    """What options that go together ask for; None where nothing is to be run in row blocks."""
+    if peak_limit is not None:
+        return RowBlocks(count=0, limit=parse_bytes(peak_limit), recompute=recompute)
+    return RowBlocks(count=row_blocks, limit=0, recompute=recompute) if row_blocks > 1 else None
 
 
 def plan_blocks(
@@ -189,4 +157,4 @@ def block_counts(most: int) -> Iterator[int]:
 def shown_bytes(size: int) -> str:
     """A size that `parse_bytes` reads as at least as many bytes."""
     unit = "MiB" if size >= 2**26 else "KiB"
-    return f"{-(-size // _UNITS[unit])}{unit}"
+    return f"{-(-size // UNITS[unit])}{unit}"

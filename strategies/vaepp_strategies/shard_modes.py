@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.strategy import Strategy
 from vaepp_strategies.shard_grid import GridStrategy
+from vaepp_strategies.shard_options import refuse_conflict
 from vaepp_strategies.shard_reference import ReferenceStrategy
 from vaepp_strategies.shard_run import ShardStrategy
 from vaepp_strategies.shard_turns import BlockStrategy
@@ -22,13 +22,8 @@ def shard_strategy(deterministic: Deterministic = "off", **options: Any) -> Stra
     Raises:
         UnsupportedError: the options do not go together.
     """
+    refuse_conflict(deterministic=deterministic, **options)
     if deterministic == "off":
         blocks = {"row_blocks", "peak_limit"} & options.keys()
         return BlockStrategy(**options) if blocks else ShardStrategy(**options)
-    if options:
-        names = " and ".join(sorted(options))
-        raise UnsupportedError(
-            f"deterministic = {deterministic!r} does not go together with {names}: row blocks round in their "
-            "own way; leave one of the two out"
-        )
     return ReferenceStrategy() if deterministic == "reference" else GridStrategy()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.parallel.view import VaeGroup
 from vaepp_sdk.vae.adapter import VaeAdapter
 from vaepp_sdk.vae.facts import Direction, VaeFacts
@@ -19,6 +18,7 @@ from vaepp_strategies.shard_blocks import sequence_forward
 from vaepp_strategies.shard_front import Repeat
 from vaepp_strategies.shard_layers import band_forwards, refused_layers
 from vaepp_strategies.shard_limit import Recomputes, row_blocks_from
+from vaepp_strategies.shard_options import refuse_conflict
 from vaepp_strategies.shard_plan import ShardPlan, plan_shards
 from vaepp_strategies.shard_times import in_windows
 
@@ -38,7 +38,7 @@ class ShardStrategy:
             `shard_front.plan_front`.
 
     Raises:
-        UnsupportedError: options do not go together, or the limit cannot be read.
+        UnsupportedError: options do not go together, or the limit cannot be read; see `shard_conflict`.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class ShardStrategy:
         recompute: Recomputes = "auto",
         repeat: Repeat = "auto",
     ) -> None:
+        refuse_conflict(row_blocks=row_blocks, peak_limit=peak_limit, recompute=recompute, repeat=repeat)
         self._row_blocks = row_blocks_from(row_blocks, peak_limit, recompute)
-        if self._row_blocks and repeat == "always":
-            raise UnsupportedError("repeat = 'always' does not go together with row blocks; leave one out")
         # Row blocks have a runner of their own, which knows bands only.
         self._repeat: Repeat = "never" if self._row_blocks else repeat
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from vaepp_sdk import Option, StrategyEntry, hookimpl
 
 VAEPP_API = 1
+
+
+def _tile_conflict(options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """See `StrategyEntry.conflict`: what else may be wrong with tiles, only the VAE can tell."""
+    if options.get("tile_overlap_factor") == 1:
+        return "tile_overlap_factor is 1", "it must be below 1: tiles have to advance"
+    return None
+
 
 _ENTRY = StrategyEntry(
     name="tile",
@@ -30,6 +39,7 @@ _ENTRY = StrategyEntry(
         ),
     ),
     uses_tiling=True,
+    conflict=_tile_conflict,
     lighter="vaepp_strategies.lighter:below_tile",
 )
 

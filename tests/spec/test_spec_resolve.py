@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
-from spec_models import PIPELINE, StandIn, model_folder, stand_in_registry
+from spec_models import PIPELINE, model_folder, stand_in_registry
 
-from vaepp_sdk.entries import StrategyEntry
 from vaepp_sdk.errors import PluginError, SpecError, UnsupportedError
-from vaepp_sdk.markers import hookimpl
 from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.resolve import Resolved, resolve
 from vaepp_sdk.spec import ModelSpec, ParallelSpec, PipelineSpec
-from vaepp_sdk.vae_rules import serves_one_rank
 
 REGISTRY = stand_in_registry()
 
@@ -79,75 +75,6 @@ def test_larger_than_one_rank_is_the_plain_vae(model: Path) -> None:
     found = resolved(model, parallel=sizes(1, 4))
     assert (found.vae_size, found.use_tiling) == (1, None)
     assert found.notices == ("vae_patch_parallel_size=4 is larger than the DiT group of 1; reduced to 1.",)
-
-
-TILING_IDLE = ("vae.vae_use_tiling takes no effect: strategy 'bands' does not work tile by tile.",)
-TILING_ON = ("vae_use_tiling is switched on for VAE patch parallelism over 2 ranks.",)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "tiling", "used", "notices"),
-    [
-        ("auto", None, True, TILING_ON),
-        ("auto", False, True, TILING_ON),
-        ("auto", True, True, ()),
-        ("tiles", None, True, TILING_ON),
-        ("tiles", False, True, TILING_ON),
-        ("bands", None, None, ()),
-        ("bands", False, False, ()),
-        ("bands", True, None, TILING_IDLE),
-    ],
-)
-def test_tiling_is_switched_on_where_the_strategy_needs_it(
-    strategy: str, tiling: bool | None, used: bool | None, notices: tuple[str, ...], model: Path
-) -> None:
-    vae = {"strategy": strategy} | ({} if tiling is None else {"vae_use_tiling": tiling})
-    found = resolved(model, parallel=sizes(2, 2), vae=vae)
-    assert (found.vae_size, found.use_tiling, found.notices) == (2, used, notices)
-
-
-def test_settings_without_effect_are_said(model: Path) -> None:
-    vae = {"strategy": "bands", "output": "all", "options": {"halo": 3}}
-    expected = (
-        "vae.strategy, vae.output, vae.options take no effect: one rank does all of the VAE's work for "
-        "ZImagePipeline."
-    )
-    assert resolved(model, vae=vae).notices == (expected,)
-    assert resolved(model, vae={"output": "all"}).notices[0].startswith("vae.output takes no effect")
-    assert resolved(model, vae={"vae_use_slicing": True, "vae_use_tiling": True}).notices == ()
-    assert resolved(model, vae={"vae_use_tiling": True}).use_tiling is True
-
-
-def test_without_vae_parallelism_every_rank_can_decode_for_itself(model: Path) -> None:
-    assert resolved(model, parallel=sizes(2, 1), vae={"output": "all"}).notices == ()
-    told = resolved(model, parallel=sizes(2, 1), vae={"output": "all", "strategy": "bands"}).notices
-    assert told == ("vae.strategy takes no effect: one rank does all of the VAE's work for ZImagePipeline.",)
-    told = resolved(model, parallel=sizes(2, 1), vae={"output": "sharded"}).notices
-    assert told[0].startswith("vae.output takes no effect: ")
-
-
-def test_an_option_can_give_one_rank_work(model: Path) -> None:
-    class Alone(StandIn):
-        @hookimpl
-        def vaepp_register_strategies(self, register: Callable[[Any], None]) -> None:
-            def changed(entry: StrategyEntry) -> None:
-                options = ("halo",) if entry.name == "bands" else ()
-                register(attrs.evolve(entry, single_rank_options=options))
-
-            super().vaepp_register_strategies(changed)
-
-    registry = Registry()
-    registry.add(Plugin("stand_in", "stand-in 1.0"), Alone())
-    vae = {"strategy": "bands", "output": "all", "options": {"halo": 3}}
-    found = resolved(model, vae=vae, registry=registry)
-    assert (found.vae_size, found.notices) == (1, ())
-    tiled = resolved(model, vae={**vae, "vae_use_tiling": True}, registry=registry)
-    assert (tiled.use_tiling, tiled.notices) == (None, TILING_IDLE)
-    assert serves_one_rank(found.spec.vae, found.entry, registry)
-    idle = resolved(model, vae={"strategy": "bands"}, registry=registry)
-    assert idle.notices
-    assert not serves_one_rank(idle.spec.vae, idle.entry, registry)
-    assert not serves_one_rank(found.spec.vae, None, registry)
 
 
 def test_strategies(model: Path) -> None:

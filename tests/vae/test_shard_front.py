@@ -99,7 +99,7 @@ def test_attention_over_the_whole_picture_runs_in_a_fused_kernel() -> None:
 
 
 def test_what_cannot_be_repeated_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="does not go together with row blocks"):
+    with pytest.raises(UnsupportedError, match="'always' does not go together with row_blocks"):
         ShardStrategy(row_blocks=2, repeat="always")
     with pytest.raises(UnsupportedError, match="single-head attention after"):
         front_of((32, 32), 2, "always", attention=False)

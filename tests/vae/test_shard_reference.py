@@ -185,7 +185,7 @@ def refuse(rank: int) -> tuple[str, str, int]:
         with pytest.raises(UnsupportedError) as layer:
             parallelize_vae(vae, strategy="shard", deterministic="reference").decode(value)
         with pytest.raises(UnsupportedError) as options:
-            parallelize_vae(vae, strategy="shard", deterministic="reference", row_blocks=2).decode(value)
+            parallelize_vae(vae, strategy="shard", deterministic="reference", row_blocks=2)
     return str(layer.value), str(options.value), len(seen.sent)
 
 
