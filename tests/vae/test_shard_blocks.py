@@ -17,7 +17,7 @@ from shard_cases import Case, Expected, close, expect, landed, prepared, whole
 from vae_zoo import build
 from vaepp_strategies.shard_options import parse_bytes
 
-from vaepp_sdk import UnsupportedError, parallelize_vae
+from vaepp_sdk import UnsupportedError, VaeppWarning, parallelize_vae
 from vaepp_sdk.testing import LiveBytes, run_ranks
 
 BF16, F64 = torch.bfloat16, torch.float64
@@ -203,8 +203,10 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 def test_one_rank_keeps_the_plain_vae_unless_an_option_gives_it_work() -> None:
     vae, _ = prepared(Case((8, 8)))
-    assert parallelize_vae(vae, strategy="shard") is vae
-    assert parallelize_vae(vae, strategy="shard", row_blocks=1) is vae
+    with pytest.warns(VaeppWarning, match="^strategy takes no effect: one rank does all"):
+        assert parallelize_vae(vae, strategy="shard") is vae
+    with pytest.warns(VaeppWarning, match="^strategy, row_blocks take no effect"):
+        assert parallelize_vae(vae, strategy="shard", row_blocks=1) is vae
     assert parallelize_vae(vae, strategy="shard", row_blocks=2) is not vae
 
 

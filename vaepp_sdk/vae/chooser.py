@@ -57,6 +57,11 @@ class StrategyChooser:
             raise UnsupportedError("\n".join(str(fault) for fault in faults))
 
     @property
+    def serves_one_rank(self) -> bool:
+        """Whether the named strategy and its options have work to do where one rank does all of the VAE's."""
+        return self.name != AUTO and self.registry.strategy(self.name).serves_one_rank(self.options)
+
+    @property
     def uses_tiling(self) -> bool:
         """Whether the VAE's own tiling must be on for a strategy this may choose."""
         names = self.allowed if self.name == AUTO else (self.name,)
