@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from vaepp_sdk import entry_checks as checks
 from vaepp_sdk.errors import PluginError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ PickRule = Callable[["VaeFacts", "Work"], str]
 """Chooses a strategy by name for one piece of work, from facts that every rank has."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class Option:
     """One setting of a strategy, written in the spec under `[vae.options]`.
 
@@ -68,10 +69,10 @@ class Option:
     help: str
     minimum: float | None = None
     maximum: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = attrs.field(default=(), validator=checks.own_default)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checks.checked)
 class Rung:
     """A strategy and its options, as a way to do some work with less memory.
 
@@ -84,7 +85,7 @@ class Rung:
     options: Mapping[str, Any] = attrs.field(factory=dict)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class StrategyEntry:
     """A way to cut, run and join VAE work.
 
@@ -108,15 +109,15 @@ class StrategyEntry:
             only fewer pictures at a time are tried.
     """
 
-    name: str
-    factory: str | Callable[..., Any]
+    name: str = attrs.field(validator=checks.free_name)
+    factory: str | Callable[..., Any] = attrs.field(validator=checks.reference)
     promise: str
-    options: tuple[Option, ...] = ()
+    options: tuple[Option, ...] = attrs.field(default=(), validator=checks.distinct_names)
     uses_tiling: bool = False
-    single_rank_options: tuple[str, ...] = ()
+    single_rank_options: tuple[str, ...] = attrs.field(default=(), validator=checks.declared_names)
     validated_for: tuple[str, ...] = ()
     conflict: ConflictRule | None = None
-    lighter: str | LighterRule | None = None
+    lighter: str | LighterRule | None = attrs.field(default=None, validator=checks.reference)
 
     def serves_one_rank(self, options: Mapping[str, Any]) -> bool:
         """Whether it has work to do where one rank does all the VAE's work, given its options."""
@@ -124,7 +125,7 @@ class StrategyEntry:
         return any(options.get(name, defaults[name]) != defaults[name] for name in self.single_rank_options)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class VaeEntry:
     """A VAE class that can be decoded over several ranks.
 
@@ -136,12 +137,12 @@ class VaeEntry:
     """
 
     name: str
-    adapter: str | Callable[..., Any]
+    adapter: str | Callable[..., Any] = attrs.field(validator=checks.reference)
     strategies: tuple[str, ...]
     pick: PickRule
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class TensorPlan:
     """Which layers tensor parallelism shards; module names are relative to a block.
 
@@ -172,7 +173,7 @@ class TensorPlan:
     norms: tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class BatchPlan:
     """How the transformer's call is shared out where it has both guidance branches in its batch.
 
@@ -187,7 +188,7 @@ class BatchPlan:
     guided: Callable[[Mapping[str, Any]], bool] | None = None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class CallsPlan:
     """How guidance is shared out where a step calls the transformer twice, once for each branch.
 
@@ -212,7 +213,7 @@ class CallsPlan:
         return not distilled and self.paired(call)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class ChainPlan:
     """A list of blocks that the transformer calls one after another with the same arguments.
 
@@ -245,7 +246,7 @@ class ChainPlan:
     local: tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class SequencePlan:
     """What ulysses and ring split.
 
@@ -258,7 +259,7 @@ class SequencePlan:
     heads: Callable[[Mapping[str, Any]], int]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class PipelinePlan:
     """What pipeline parallelism splits.
 
@@ -279,7 +280,7 @@ class PipelinePlan:
         return self.chain, *self.further
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class DiTPlan:
     """How a pipeline's diffusion transformer is spread over the DiT group; what is left out is not supported.
 
@@ -325,7 +326,7 @@ class DiTPlan:
         return tuple(axis for axis, able in supported.items() if able)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class SizeRule:
     """Which values of one argument of a pipeline's call work; the library refuses or changes others.
 
@@ -341,7 +342,7 @@ class SizeRule:
     first: int | None = None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checks.checked)
 class PipelineEntry:
     """A pipeline vaepp knows how to run stage by stage.
 
@@ -364,7 +365,7 @@ class PipelineEntry:
     module: str
     vae: str
     strategies: tuple[str, ...]
-    stages: str | Callable[..., Any]
+    stages: str | Callable[..., Any] = attrs.field(validator=checks.reference)
     pick: PickRule | None = None
     dit: DiTPlan | None = None
     text_encoders: tuple[str, ...] = ()

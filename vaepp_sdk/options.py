@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vaepp_sdk.entries import Option, StrategyEntry
+from vaepp_sdk.entries import StrategyEntry
+from vaepp_sdk.entry_checks import option_problem
 from vaepp_sdk.errors import Fault, PluginError
 from vaepp_sdk.text import key_path, shown, told
 
 __all__ = ["nearest", "option_faults"]
-
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "string": (str,),
-    "boolean": (bool,),
-}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -50,7 +43,7 @@ def option_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str) -
             fix = nearest(name, declared) if declared else f"strategy {entry.name!r} takes no options"
             faults.append(Fault(where, f"strategy {entry.name!r} has no such option", fix))
             continue
-        problem = _problem(declared[name], value)
+        problem = option_problem(declared[name], value)
         if problem:
             faults.append(Fault(where, f"found {shown(value)}", problem))
     return faults or _conflict_faults(entry, options, path)
@@ -67,21 +60,3 @@ def _conflict_faults(entry: StrategyEntry, options: Mapping[str, Any], path: str
         raise PluginError(
             f"for strategy {entry.name}", f"its rule 'conflict' raised {told(error)}"
         ) from error
-
-
-def _problem(option: Option, value: Any) -> str | None:
-    """What is wrong with one value, as the sentence that says what would work."""
-    kinds = _KINDS[option.kind]
-    article = "an" if option.kind == "integer" else "a"
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return f"it must be {article} {option.kind}"
-    if option.choices and value not in option.choices:
-        return f"it must be one of {', '.join(map(repr, option.choices))}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "it must be a finite number"
-    number = value if isinstance(value, int | float) else 0
-    if option.minimum is not None and number < option.minimum:
-        return f"it must be at least {option.minimum:g}"
-    if option.maximum is not None and number > option.maximum:
-        return f"it must be at most {option.maximum:g}"
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from vaepp_sdk.entries import PipelineEntry
+from vaepp_sdk.entry_checks import AUTO
 from vaepp_sdk.errors import Fault
 from vaepp_sdk.options import nearest, option_faults
 from vaepp_sdk.registry import Registry
@@ -12,8 +13,6 @@ from vaepp_sdk.spec import VaeSpec
 from vaepp_sdk.text import shown
 
 __all__ = ["VaeDecision", "decide_vae", "serves_one_rank", "vae_faults"]
-
-_AUTO = "auto"
 
 
 @attrs.frozen
@@ -33,7 +32,7 @@ class VaeDecision:
 
 def vae_faults(vae: VaeSpec, size: int, entry: PipelineEntry | None, registry: Registry) -> list[Fault]:
     """Every fault in the strategy and its options."""
-    if vae.strategy == _AUTO:
+    if vae.strategy == AUTO:
         faults = _adapter_faults(size, entry, registry) + _auto_faults(size, entry, registry)
         if vae.options:
             fix = "name a strategy, or leave the options out"
@@ -42,13 +41,13 @@ def vae_faults(vae: VaeSpec, size: int, entry: PipelineEntry | None, registry: R
     allowed = entry.strategies if entry is not None else ()
     faults = _adapter_faults(size, entry, registry)
     if vae.strategy not in registry.strategies:
-        known = [_AUTO, *(allowed or registry.strategies)]
+        known = [AUTO, *(allowed or registry.strategies)]
         fix = "; ".join([nearest(vae.strategy[:100], known), *registry.problems])
         return [*faults, Fault("$.vae.strategy", f"no plugin registers {shown(vae.strategy)}", fix)]
     faults += option_faults(registry.strategies[vae.strategy], vae.options, "$.vae.options")
     if entry is not None and allowed and vae.strategy not in allowed:
         found = f"{shown(vae.strategy)} is not validated for {entry.name}"
-        faults.append(Fault("$.vae.strategy", found, f"it must be one of {', '.join([_AUTO, *allowed])}"))
+        faults.append(Fault("$.vae.strategy", found, f"it must be one of {', '.join([AUTO, *allowed])}"))
     return faults
 
 
@@ -119,7 +118,7 @@ def _auto_faults(size: int, entry: PipelineEntry | None, registry: Registry) -> 
 
 
 def _uses_tiling(strategy: str, entry: PipelineEntry, registry: Registry) -> bool:
-    names = entry.strategies if strategy == _AUTO else (strategy,)
+    names = entry.strategies if strategy == AUTO else (strategy,)
     return any(registry.strategy(name).uses_tiling for name in names)
 
 

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 from vaepp_sdk.entries import load_object
+from vaepp_sdk.entry_checks import AUTO
 from vaepp_sdk.errors import AgreementError, UnsupportedError, VaeppWarning
 from vaepp_sdk.parallel.gate import Gate
 from vaepp_sdk.parallel.view import VaeGroup, backend_of
 from vaepp_sdk.registry import Registry, default_registry
 from vaepp_sdk.vae.adapter import VaeAdapter
-from vaepp_sdk.vae.chooser import AUTO, StrategyChooser
+from vaepp_sdk.vae.chooser import StrategyChooser
 from vaepp_sdk.vae.descent import OnOom
 from vaepp_sdk.vae.plan import Output
 from vaepp_sdk.vae.plan_gate import PlanGate

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.entries import PickRule, Rung, load_object
+from vaepp_sdk.entry_checks import AUTO
 from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.options import option_faults
 from vaepp_sdk.registry import Registry
@@ -16,10 +17,7 @@ from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work, WorkPlan
 from vaepp_sdk.vae.strategy import Strategy
 
-__all__ = ["AUTO", "StrategyChooser"]
-
-AUTO = "auto"
-"""The strategy name that leaves the choice to the entry's rule, made anew for each shape."""
+__all__ = ["StrategyChooser"]
 
 
 @attrs.define(eq=False)
