@@ -17,16 +17,20 @@ from vaepp_sdk.text import clean
 __all__ = ["resumed_request", "resumed_tables"]
 
 
+_DENOISING = ("call.", "model.lora", "model.compile", "limits.denoise")
+"""How overrides begin that only matter while latents are made."""
+
+
 def resumed_tables(kept: KeptRun, overrides: Sequence[str]) -> Mapping[str, Any]:
     """The tables of the spec that made the latents, with the request's own arguments as `[call]`.
 
     Raises:
-        SpecError: an override would change `[call]`, which has been carried out.
+        SpecError: an override would change `[call]`, which has been carried out, or how that was done.
     """
-    late = [text for text in overrides if text.lstrip().startswith("call.")]
+    late = [text for text in map(str, overrides) if text.lstrip().startswith(_DENOISING)]
     if late:
         fix = "leave it out, or denoise again with the spec itself"
-        found = "the latents are there already, made as [call] said"
+        found = "the latents are there already, and nothing is denoised"
         raise SpecError([Fault(f"override {clean(text)}", found, fix) for text in late], str(kept.folder))
     return {**kept.spec, "call": {**kept.call, "seed": kept.seed}}
 

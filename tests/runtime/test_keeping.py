@@ -296,8 +296,9 @@ def test_what_does_not_fit_is_refused(kept: tuple[Any, Path], tmp_path: Path) ->
     other = build(tmp_path / "other", vae_width=16, sample_size=64)
     with pytest.raises(UserError, match=r"a VAE whose block_out_channels.* differ from this model's"):
         Pipeline.resume(kept[1], [f"model.id={other}"])
-    with pytest.raises(SpecError, match=r"call\.seed=4.*the latents are there already"):
-        Pipeline.resume(kept[1], ["call.seed=4"])
+    for late in ("call.seed=4", "model.compile=eager", 'model.lora=["x.safetensors"]', "limits.denoise=9"):
+        with pytest.raises(SpecError, match=f"{re.escape(late)}: the latents are there already"):
+            Pipeline.resume(kept[1], [late])
     with pytest.raises(UserError, match=r"holds no latents; give the folder of a run"):
         Pipeline.resume(tmp_path / "nowhere")
     mixed = spoiled(kept[1], tmp_path, Path.touch)

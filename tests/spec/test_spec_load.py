@@ -161,6 +161,13 @@ def test_faulty_overrides(override: str, path: str, fix: str) -> None:
     assert any(fault.path == path and fix in fault.fix for fault in caught.value.faults), caught.value
 
 
+def test_one_string_is_no_list_of_overrides() -> None:
+    with pytest.raises(SpecError) as caught:
+        PipelineSpec.load(TABLES, "model.device=cpu")
+    (fault,) = caught.value.faults
+    assert str(fault) == 'overrides: found "model.device=cpu"; give a list of such strings'
+
+
 def test_classes_are_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         PipelineSpec.load(TABLES).model.dtype = "float32"  # type: ignore[misc]

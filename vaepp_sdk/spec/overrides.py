@@ -30,6 +30,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> tuple[d
         The tables, and the faults of overrides that are not of this form.
     """
     tables = dict(raw)
+    if isinstance(overrides, str):  # its characters are not what was meant
+        return tables, [Fault("overrides", f"found {shown(overrides)}", "give a list of such strings")]
     faults = []
     for text in overrides:
         fault = _apply(tables, text) if isinstance(text, str) else _malformed(text)
