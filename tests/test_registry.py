@@ -10,7 +10,15 @@ from typing import Any
 import attrs
 import pytest
 
-from vaepp_sdk import PluginError, StrategyEntry, UnsupportedError, VaeEntry, VaeppWarning, hookimpl
+from vaepp_sdk import (
+    PluginError,
+    StrategyEntry,
+    UnsupportedError,
+    UserError,
+    VaeEntry,
+    VaeppWarning,
+    hookimpl,
+)
 from vaepp_sdk.entries import PipelineEntry, load_object
 from vaepp_sdk.events import StageEnd, StageStart
 from vaepp_sdk.registry import Plugin, Registry
@@ -269,7 +277,12 @@ def test_the_environment_limits_and_blocks(
     assert set(Registry.load().strategies) == {"a", "b", "c"}
     monkeypatch.setenv("VAEPP_PLUGINS_ONLY", "a, b")
     assert set(Registry.load().strategies) == {"a", "b"}
-    monkeypatch.setenv("VAEPP_PLUGINS_BLOCK", "b")
+    monkeypatch.setenv("VAEPP_PLUGINS_BLOCK", "c")
+    assert set(Registry.load().strategies) == {"a", "b"}
+    monkeypatch.setenv("VAEPP_PLUGINS_BLOCK", "c,b")
+    with pytest.raises(PluginError, match="'b': VAEPP_PLUGINS_ONLY and VAEPP_PLUGINS_BLOCK both name it"):
+        Registry.load()
+    monkeypatch.delenv("VAEPP_PLUGINS_ONLY")
     assert set(Registry.load().strategies) == {"a"}
 
 
@@ -292,6 +305,9 @@ def test_hook_calls_can_be_traced(
     monkeypatch.setenv("VAEPP_PLUGINS_TRACE", "1")
     Registry.load()
     assert "vaepp_register_strategies" in capsys.readouterr().err
+    monkeypatch.setenv("VAEPP_PLUGINS_TRACE", "true")
+    with pytest.raises(UserError, match='VAEPP_PLUGINS_TRACE is "true"; it must be 1'):
+        Registry.load()
 
 
 def test_an_observer_that_fails_is_dropped_with_one_warning() -> None:

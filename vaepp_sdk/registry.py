@@ -25,11 +25,11 @@ import pluggy
 
 from vaepp_sdk import hookspecs
 from vaepp_sdk.entries import PipelineEntry, StrategyEntry, VaeEntry
-from vaepp_sdk.errors import PluginError, UnsupportedError, VaeppWarning
+from vaepp_sdk.errors import PluginError, UnsupportedError, UserError, VaeppWarning
 from vaepp_sdk.events import StageEnd, StageStart
 from vaepp_sdk.markers import API_VERSION, PROJECT
 from vaepp_sdk.options import nearest
-from vaepp_sdk.text import told
+from vaepp_sdk.text import shown, told
 
 __all__ = ["Plugin", "Registry", "default_registry"]
 
@@ -238,7 +238,10 @@ class Registry:
 def _new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
-    if os.environ.get("VAEPP_PLUGINS_TRACE") == "1":
+    trace = os.environ.get("VAEPP_PLUGINS_TRACE", "")
+    if trace not in ("", "0", "1"):
+        raise UserError(f"VAEPP_PLUGINS_TRACE is {shown(trace)}; it must be 1, to print hook calls, or 0")
+    if trace == "1":
         manager.trace.root.setwriter(lambda line: print(line, end="", file=sys.stderr))
         manager.enable_tracing()
     return manager
@@ -247,6 +250,8 @@ def _new_manager() -> pluggy.PluginManager:
 def _allowed_entry_points() -> list[EntryPoint]:
     """The entry points the environment allows, by name; two of one name are refused before any import."""
     only, blocked = _names("VAEPP_PLUGINS_ONLY"), _names("VAEPP_PLUGINS_BLOCK")
+    for name in sorted(only & blocked):
+        raise PluginError(repr(name), "VAEPP_PLUGINS_ONLY and VAEPP_PLUGINS_BLOCK both name it; keep one")
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=PROJECT):
         if (only and point.name not in only) or point.name in blocked:
