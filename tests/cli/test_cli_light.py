@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cli.commands import DRIVER, environment, light, run_folders, write_spec
-from runtime.processes import listeners, runs, wait_until_gone
+from runtime.processes import listeners, runs, wait_until_gone, with_variable
 
 
 @pytest.fixture
@@ -319,17 +319,28 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Pa
         time.sleep(0.02)
 
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+ONE = ("--set", "parallel.tensor_parallel_size=1", "--set", "parallel.vae_patch_parallel_size=1", "--quiet")
+
+
 def test_a_plugins_thread_does_not_keep_vaepp_run_alive(spec: str, tmp_path: Path) -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     fault = {"kind": "linger", "rank": 0, "stage": "load"}
-    sizes = ["--set", "parallel.tensor_parallel_size=1", "--set", "parallel.vae_patch_parallel_size=1"]
-    done = light(spec, *sizes, "--quiet", tmp_path=tmp_path, fault=fault, **place)
+    done = light(spec, *ONE, tmp_path=tmp_path, fault=fault, **PLACE)
     assert (done.returncode, done.stdout) == (0, "/pictures/a red cube.png\n")
     assert re.fullmatch(
         r"vaepp-run: rank 0: warning: all work is done, but the thread 'uploader' \(\S+ in _wait\) "
         r"kept vaepp-run alive; ended after 5 s\n",
         done.stderr,
     )
+
+
+def test_under_a_launcher_children_of_plugins_end_with_their_rank(spec: str, tmp_path: Path) -> None:
+    """In sessions of their own too, where they hold our streams, and whoever reads those waits for them."""
+    fault = {"kind": "helper", "rank": 0, "stage": "load"}
+    run = f"VAEPP_TEST_RUN={tmp_path}"
+    done = light(spec, *ONE, tmp_path=tmp_path, fault=fault, **PLACE, VAEPP_TEST_RUN=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert with_variable(run) == []
 
 
 def test_half_a_launcher_is_refused(spec: str, tmp_path: Path) -> None:

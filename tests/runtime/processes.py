@@ -31,7 +31,12 @@ def runs(pid: int) -> bool:
 
 def of_job(folder: Path) -> list[int]:
     """Processes with a job's mark in their environment."""
-    found, mark = list[int](), f"VAEPP_JOB={folder}".encode()
+    return with_variable(f"VAEPP_JOB={folder}")
+
+
+def with_variable(variable: str) -> list[int]:
+    """Processes that were started with a variable and its value in their environment."""
+    found, mark = list[int](), variable.encode()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from vaepp_sdk.cli.streams import let_go, open_missing
 from vaepp_sdk.errors import RunError, VaeppError, VaeppWarning
 from vaepp_sdk.runtime.inplace import end_with_launcher
 from vaepp_sdk.runtime.leaving import GRACE, leave_soon
+from vaepp_sdk.runtime.strays import MARK, end_strays
 from vaepp_sdk.runtime.voice import complain, first_to_say, tell
 from vaepp_sdk.text import reason_of
 
@@ -55,13 +57,17 @@ class _SignalledError(BaseException):
 def entry_point() -> None:
     """The console script."""
     open_missing()
+    job = f"{os.getpid()} since {time.monotonic_ns()}"
     if "RANK" in os.environ:
         end_with_launcher()
+        os.environ[MARK] = job  # for what plugins start: the ranks of a pool have a mark of their own
         # Where a rank is gone, torch's store prints a C++ stack for each try to reach it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = main(sys.argv[1:])
     let_go(sys.stdout)
     let_go(sys.stderr)
+    if "RANK" in os.environ:
+        end_strays(job)
     if "RANK" in os.environ and code:
         # Under a launcher the other ranks may be gone: finalizers could wait for them.
         os._exit(code)

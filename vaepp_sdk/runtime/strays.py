@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import time
 from collections.abc import Container
 from pathlib import Path
 
-__all__ = ["MARK", "signal_strays"]
+__all__ = ["MARK", "end_strays", "signal_strays"]
 
 MARK = "VAEPP_JOB"
 """Names the job in the environment of all its processes; without it, one is left alone."""
+
+_GRACES = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 2.0))
+
+
+def end_strays(job: str) -> None:
+    """End all processes that were started with a job's mark: SIGTERM, a second to leave, SIGKILL."""
+    for number, grace in _GRACES:
+        found, limit = signal_strays(job, (), number), time.monotonic() + grace
+        for pidfd in found:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(max(0.0, limit - time.monotonic()) * 1000)
+            os.close(pidfd)
 
 
 def signal_strays(job: str, sessions: Container[int], number: int) -> list[int]:
