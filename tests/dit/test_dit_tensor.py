@@ -77,6 +77,7 @@ class Biased(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block()])
+        self.config: dict[str, Any] = {}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.blocks[0](value)
@@ -154,6 +155,10 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
         ({"colwise": ("upp",)}, r"blocks\.0\.upp is missing"),
         ({"rowwise": ("act",)}, r"blocks\.0\.act is a Tanh"),
         ({"head_attributes": ("groups",)}, r"blocks\.0\.groups is missing"),
+        (
+            {"colwise": ("up",), "packed": {"up": lambda _: (8, 4)}},
+            r"up is 16; the model's plan packs parts of \(8, 4\)",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(change: dict[str, Any], message: str) -> None:
