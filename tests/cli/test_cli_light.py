@@ -328,7 +328,7 @@ def test_a_plugins_thread_does_not_keep_vaepp_run_alive(spec: str, tmp_path: Pat
     done = light(spec, *ONE, tmp_path=tmp_path, fault=fault, **PLACE)
     assert (done.returncode, done.stdout) == (0, "/pictures/a red cube.png\n")
     assert re.fullmatch(
-        r"vaepp-run: rank 0: warning: all work is done, but the thread 'uploader' \(\S+ in _wait\) "
+        r"vaepp-run: rank 0: warning: the run is over, but the thread 'uploader' \(\S+ in _wait\) "
         r"kept vaepp-run alive; ended after 5 s\n",
         done.stderr,
     )

@@ -113,7 +113,7 @@ def _tell_end(signal_name: str, error: BaseException) -> None:
 
 def _tell_what_lingers(what: str) -> None:
     """Say what a plugin has left in this process."""
-    tell(f"warning: all work is done, but {what} kept vaepp-run alive; ended after {GRACE:g} s")
+    tell(f"warning: the run is over, but {what} kept vaepp-run alive; ended after {GRACE:g} s")
 
 
 def _parser() -> argparse.ArgumentParser:
