@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Part, Parts, Scale
+from vaepp_strategies.layers.strided import convolve
 from vaepp_strategies.layers.swap import swapped
 
 from vaepp_sdk.errors import RunError
@@ -144,3 +145,20 @@ def test_one_module_is_not_swapped_twice() -> None:
 
 def _both(first: nn.Module, second: nn.Module) -> dict[nn.Module, Any]:
     return {first: doubled, second: doubled}
+
+
+@pytest.mark.parametrize("columns", [3, 4, 5])
+@pytest.mark.parametrize("made", [nn.Conv2d, nn.Conv3d])
+def test_strided_convolutions_are_right_where_one_column_comes_out(made: Any, columns: int) -> None:
+    torch.manual_seed(0)
+    layer = made(8, 8, 3, stride=2, padding=1).to(torch.bfloat16).requires_grad_(False)
+    flat = made is nn.Conv2d
+    shape, padding = ((1, 8, 33, columns), (1, 0)) if flat else ((1, 8, 3, 33, columns), (0, 1, 0))
+    values = torch.randn(shape, dtype=torch.bfloat16)
+    found = convolve(layer, values, padding)
+    wide = layer.float()
+    plain = torch.nn.functional.conv2d if flat else torch.nn.functional.conv3d
+    expected = plain(values.float(), wide.weight, wide.bias, 2, padding)
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=2**-8)  # one rounding to bfloat16

@@ -30,6 +30,7 @@ CASES = [
     Case((33, 61), 9, vae="wan", direction=E, batch=2, output="rank0"),  # no whole number of latents
     Case((40, 16), 17, vae="wan", direction=E, dtype=F64),
     Case((64, 48), 6, vae="wan", direction=E, dtype=BF16),
+    Case((40, 72), 5, vae="qwen", direction=E, dtype=BF16),  # seams of one column
     Case((5, 3), 5, vae="wan 2.2", dtype=F64),
     Case((4, 7), 2, vae="wan 2.2", batch=2, output="sharded"),
     Case((80, 32), 13, vae="wan 2.2", direction=E, dtype=F64),

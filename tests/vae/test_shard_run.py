@@ -48,6 +48,8 @@ CASES = [
     Case((49, 35), direction="encode", vae="tiny", output="sharded"),
     Case((33, 66), direction="encode", vae="tiny"),
     Case((8, 17), direction="encode", output="rank0"),
+    Case((72, 104), direction="encode", dtype=BF16),  # seams of one column, which strided kernels get wrong
+    Case((24, 120), direction="encode", vae="tiny", dtype=BF16),
 ]
 SANA = {"upsample_block_type": "interpolate", "downsample_block_type": "Conv"}
 MORE = [
@@ -62,6 +64,7 @@ MORE = [
     Case((2, 1), vae="dc", active=1),  # so few positions that the class itself attends quadratically
     Case((76, 48), vae="dc", direction="encode"),
     Case((32, 76), vae="dc", direction="encode", batch=2, output="sharded"),
+    Case((24, 72), vae="dc", direction="encode", build=SANA, dtype=BF16),
 ]
 BLOCKS = [  # no straight sequences of layers: several bands on a rank, in turn
     Case((19, 12), vae="hunyuan image", dtype=F64, options={"row_blocks": 2}),

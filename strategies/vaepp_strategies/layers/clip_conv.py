@@ -25,6 +25,7 @@ from vaepp_strategies.layers.clip_room import PadMode, surrounded
 from vaepp_strategies.layers.conv import convolve_band, last_rows
 from vaepp_strategies.layers.joined import nearest_rows
 from vaepp_strategies.layers.reach import NO_ROWS, SHORT_BAND, Reach, Window
+from vaepp_strategies.layers.strided import convolve
 
 __all__ = ["CLIP_LAYERS", "ClipConvolution", "FrameMemory", "band_clip_convolution", "clip_convolution"]
 
@@ -119,8 +120,7 @@ class ClipConvolution:
         )
 
     def _bare(self, padded: torch.Tensor) -> torch.Tensor:
-        own = self.convolution
-        return F.conv3d(padded, own.weight, own.bias, own.stride, 0, own.dilation, own.groups)
+        return convolve(self.convolution, padded, (0, 0, 0))
 
 
 def _plain(layer: nn.Conv3d) -> ClipConvolution:

@@ -16,6 +16,7 @@ from torch import nn
 from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.joined import nearest_rows
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
+from vaepp_strategies.layers.strided import convolve
 
 __all__ = [
     "band_convolution",
@@ -46,15 +47,7 @@ def convolve_rows(convolution: nn.Conv2d, rows: torch.Tensor, axis: int) -> torc
     """Convolve without padding along `axis`; across it, with the layer's own."""
     padding = [int(size) for size in convolution.padding]
     padding[axis] = 0
-    return F.conv2d(
-        rows,
-        convolution.weight,
-        convolution.bias,
-        convolution.stride,
-        padding,
-        convolution.dilation,
-        convolution.groups,
-    )
+    return convolve(convolution, rows, padding)
 
 
 def convolve_band(
@@ -171,7 +164,8 @@ def band_convolution(
     across = (0, 0, *sides) if axis == -1 else (*sides, 0, 0)
 
     def whole(values: torch.Tensor) -> torch.Tensor:
-        return nn.Conv2d.forward(convolution, F.pad(values, sides * 2) if padded else values)
+        padding = [int(size) for size in convolution.padding]
+        return convolve(convolution, F.pad(values, sides * 2) if padded else values, padding)
 
     def rows(strip: torch.Tensor) -> torch.Tensor:
         return convolve_rows(convolution, F.pad(strip, across) if padded else strip, axis)

@@ -13,6 +13,7 @@ from vaepp_strategies.layers.bands import Bands, Halo
 from vaepp_strategies.layers.conv import convolution_window, convolve_band
 from vaepp_strategies.layers.joined import double_joined
 from vaepp_strategies.layers.reach import DOWNSAMPLE_WINDOW, Reach
+from vaepp_strategies.layers.strided import convolve
 
 __all__ = [
     "band_clip_upsample",
@@ -144,10 +145,10 @@ def band_downsample(block: Any, bands: Bands, name: str) -> Callable[..., torch.
     across = (0, 0, 0, 1) if bands.axis == -1 else (0, 1, 0, 0)
 
     def whole(values: torch.Tensor) -> torch.Tensor:
-        return nn.Conv2d.forward(convolution, F.pad(values, (0, 1, 0, 1)))
+        return convolve(convolution, F.pad(values, (0, 1, 0, 1)), (0, 0))
 
     def rows(strip: torch.Tensor) -> torch.Tensor:
-        return nn.Conv2d.forward(convolution, F.pad(strip, across))
+        return convolve(convolution, F.pad(strip, across), (0, 0))
 
     def forward(values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         halo = bands.carried(values) or bands.fetch(values, DOWNSAMPLE_WINDOW.reach, name)
@@ -178,7 +179,7 @@ def band_padded_convolution(
         if below is not None:
             # No one else has this tensor: the layer made it to pad.
             padded.narrow(axis, -1, 1).narrow(across, 0, own.shape[across]).copy_(below)
-        return nn.Conv2d.forward(convolution, padded)
+        return convolve(convolution, padded, (0, 0))
 
     return forward
 
