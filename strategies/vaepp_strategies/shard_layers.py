@@ -93,7 +93,14 @@ def _attention(layer: Attention) -> str | None:
 def _linear_attention(layer: SanaMultiscaleLinearAttention) -> str | None:
     if type(layer.processor) is not SanaMultiscaleAttnProcessor2_0:
         return f"its processor is a {type(layer.processor).__name__}"
+    if layer.norm_type == "batch_norm":
+        return _batch_norm(layer.norm_out)
     return None if layer.norm_type == "rms_norm" else f"its normalisation is {layer.norm_type}"
+
+
+def _batch_norm(layer: nn.BatchNorm2d) -> str | None:
+    frozen = layer.track_running_stats and not layer.training
+    return None if frozen else "it normalises with the statistics of what it reads; call eval() on the VAE"
 
 
 def _upsamples_nearest(layer: dc.DCUpBlock2d) -> str | None:
@@ -109,6 +116,7 @@ def _good(layer: nn.Module) -> str | None:
 SHARD_LAYERS: Mapping[type[nn.Module], Check] = {
     nn.Conv2d: _check_convolution,
     nn.GroupNorm: _good,
+    nn.BatchNorm2d: _batch_norm,
     nn.Upsample: check_upsample,
     Upsample2D: _upsample_block,
     Downsample2D: _downsample_block,

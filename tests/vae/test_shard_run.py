@@ -65,6 +65,7 @@ MORE = [
     Case((76, 48), vae="dc", direction="encode"),
     Case((32, 76), vae="dc", direction="encode", batch=2, output="sharded"),
     Case((24, 72), vae="dc", direction="encode", build=SANA, dtype=BF16),
+    Case((9, 14), vae="dc", build={"decoder_norm_types": "batch_norm"}, batch=2),
 ]
 BLOCKS = [  # no straight sequences of layers: several bands on a rank, in turn
     Case((19, 12), vae="hunyuan image", dtype=F64, options={"row_blocks": 2}),
@@ -285,7 +286,20 @@ def replaced(rank: int) -> dict[str, tuple[str, int, float]]:
         UnsupportedError, match=r"attentions.0 \(Attention\): its processor is a AttnProcessor"
     ):
         parallelize_vae(vae, strategy="shard").decode(value)
-    return found
+    return found | {"without an encoder": half(rank)}
+
+
+def half(rank: int) -> tuple[str, int, float]:
+    """A VAE without its encoder: what encode raises, the messages sent before, how far decode is off."""
+    vae, value = prepared(Case((18, 9)))
+    vae.encoder = None
+    wrapped = parallelize_vae(vae, strategy="shard")
+    with torch.no_grad():
+        expected = vae.decode(value).sample
+    apart = float((wrapped.decode(value).sample - expected).abs().max() / expected.abs().max())
+    with counted() as seen, pytest.raises(TypeError) as caught:
+        wrapped.encode(value[:, :3])
+    return str(caught.value), len(seen.sent), apart
 
 
 def test_unknown_layers_are_refused_by_name_before_any_message() -> None:
@@ -299,3 +313,7 @@ def test_unknown_layers_are_refused_by_name_before_any_message() -> None:
             assert not message, (name, message)
             assert sent, name
             assert apart < 2e-5, (name, apart)  # rounding
+        message, sent, apart = found["without an encoder"]
+        assert "not callable" in message
+        assert sent == 0
+        assert apart < 2e-5  # rounding

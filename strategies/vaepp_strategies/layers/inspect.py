@@ -75,6 +75,9 @@ def refuse_unknown(
 ) -> None:
     """Refuse a VAE by the layers that its decode or encode calls.
 
+    One without a working encoder, or decoder, is judged by the other: it still decodes, or encodes. What does
+    not work raises the VAE's own error once it is called.
+
     Args:
         strategy: the strategy's name, for the message.
         adapter: the VAE.
@@ -84,8 +87,15 @@ def refuse_unknown(
         UnsupportedError: the layers are not known, or some of them cannot be served.
     """
     facts = adapter.facts()
+    broken: list[Exception] = []
     for direction in ("decode", "encode"):
-        trace = facts.layers(direction)
+        try:
+            trace = facts.layers(direction)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            broken.append(error)
+            continue
         if trace is None:
             raise UnsupportedError(
                 f"strategy {strategy!r} cannot serve a {facts.vae_class}: its adapter does not say which "
@@ -97,6 +107,8 @@ def refuse_unknown(
                 f"strategy {strategy!r} cannot {direction} with this {facts.vae_class}:\n  "
                 + "\n  ".join(faults)
             )
+    if len(broken) == 2:
+        raise broken[0]
 
 
 def unknown_layers(

@@ -32,9 +32,12 @@ def band_linear_attention(attention: Any, bands: Bands) -> Callable[[torch.Tenso
         mixed = bands.sum(mine, "products of values and keys") @ query
         mixed = mixed[:, :, :-1] / (mixed[:, :, -1:] + attention.eps)
         mixed = mixed.to(hidden_states.dtype).reshape(hidden_states.shape[0], -1, *hidden_states.shape[-2:])
-        result: torch.Tensor = (
-            attention.norm_out(attention.to_out(mixed.movedim(1, -1))).movedim(-1, 1).contiguous()
-        )
+        out: torch.Tensor = attention.to_out(mixed.movedim(1, -1))
+        if attention.norm_type == "rms_norm":
+            normed = attention.norm_out(out).movedim(-1, 1)
+        else:
+            normed = attention.norm_out(out.movedim(-1, 1))
+        result: torch.Tensor = normed.contiguous()
         return result + hidden_states if attention.residual_connection else result
 
     return forward
