@@ -9,7 +9,7 @@ from __future__ import annotations
 import attrs
 
 from vaepp_sdk.vae.plan import Work
-from vaepp_strategies.layers.norm import CHUNK_VALUES
+from vaepp_strategies.layers.norm import chunk_values
 from vaepp_strategies.layers.parts import Parts, Scale
 from vaepp_strategies.layers.reach import NO_ROWS, Reach, Window
 from vaepp_strategies.shard_stages import Stage
@@ -144,7 +144,7 @@ class BandMemory:
         """The float64 copy of a chunk of a block."""
         rows = -(-self._rows(stage.scale) // blocks)
         values = rows * self._row(channels, stage.scale) // self.work.itemsize
-        chunk = min(values, max(CHUNK_VALUES, -(-values // stage.groups)))
+        chunk = chunk_values(values, self.work.itemsize, stage.groups)
         return _WIDE * chunk + self._small(stage, blocks)
 
     def _small(self, stage: Stage, blocks: int) -> int:

@@ -15,8 +15,8 @@ import attrs
 
 from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.plan import Work
-from vaepp_sdk.vae.trace import LayerTrace
-from vaepp_strategies.layers.norm import CHUNK_VALUES
+from vaepp_sdk.vae.trace import LayerCall, LayerTrace
+from vaepp_strategies.layers.norm import chunk_values
 from vaepp_strategies.layers.parts import Part, Parts
 from vaepp_strategies.layers.reach import SHORT_BAND, Reach
 from vaepp_strategies.shard_frames import traced, window_frames
@@ -127,7 +127,8 @@ class TracedMemory:
         bands = sum(lengths) / longest
         values = share * (trace.peak if alone else self._running(trace, longest, bands - 1) / bands)
         wider = _masks(trace, share) if alone else self._statistics(trace, share / bands, bands - 1)
-        stacked = _stacked(trace, share / bands) if self.work.shape[0] > 1 else 0
+        # A band's frames are stacked too, but what comes out is not held twice, as chunks and joined.
+        stacked = _stacked(trace, share) if alone and self.work.shape[0] > 1 else 0
         values = max(values, wider, stacked)
         first = trace.in_shape[2] if frames else 0
         later = frames - first
@@ -170,11 +171,15 @@ class TracedMemory:
             share: the band's positions, those of the trace = 1.
             waiting: how many bands of its length wait.
         """
-        wide, held = _WIDE / self.work.itemsize, self._waiting(trace)
+        batch, itemsize, held = self.work.shape[0], self.work.itemsize, self._waiting(trace)
+
+        def widened(call: LayerCall) -> float:
+            values = int(batch * share * math.prod(call.in_shape))
+            return chunk_values(values, itemsize, int(call.setting("num_groups"))) * _WIDE / itemsize / batch
+
         return max(
             (
-                share * (call.before + waiting * held(index, index))
-                + wide * min(share * math.prod(call.in_shape), CHUNK_VALUES)
+                share * (call.before + waiting * held(index, index)) + widened(call)
                 for index, call in enumerate(trace.calls)
                 if call.kind == "GroupNorm"
             ),

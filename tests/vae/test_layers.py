@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
+from vaepp_strategies.layers.norm import apply_statistics, chunk_values, merge_moments, moments
 from vaepp_strategies.layers.parts import Part, Parts, Scale
 from vaepp_strategies.layers.strided import convolve
 from vaepp_strategies.layers.swap import swapped
 
 from vaepp_sdk.errors import RunError
+from vaepp_sdk.testing import LiveBytes
 
 
 def exact(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +60,15 @@ def test_moments_of_a_large_part_are_taken_in_chunks(monkeypatch: pytest.MonkeyP
     whole = moments(values, 6)
     monkeypatch.setattr("vaepp_strategies.layers.norm.CHUNK_VALUES", 300)
     assert torch.equal(moments(values, 6), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_part_is_widened_in_no_more_bytes_than_it_has(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 32, 128, 64).to(dtype)
+    with LiveBytes() as live:
+        moments(values, 8)
+    assert chunk_values(values.numel(), dtype.itemsize, 8) * 8 <= values.nbytes
+    assert live.peak <= 1.01 * values.nbytes  # and the moments themselves
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -10,10 +10,32 @@ from torch import nn
 
 from vaepp_strategies.layers.exchange import Exchange
 
-__all__ = ["CHUNK_VALUES", "apply_statistics", "merge_moments", "moments", "shared_group_norm"]
+__all__ = ["apply_statistics", "chunk_values", "merge_moments", "moments", "shared_group_norm"]
 
 CHUNK_VALUES = 1 << 21
-"""Values widened to float64 at a time: 16 MiB, small beside a layer that needs more than one chunk."""
+"""Values widened to float64 at a time, at most: 16 MiB."""
+
+_FEW_VALUES = 1 << 16
+"""Values widened at a time, at least, where there are so many: a chunk costs the launches of some kernels."""
+
+_WIDE = 8
+"""Bytes of a float64."""
+
+
+def chunk_values(count: int, itemsize: int, groups: int) -> int:
+    """How many values `moments` widens at a time: whole groups, in no more bytes than all have, or few.
+
+    Args:
+        count: all values.
+        itemsize: bytes of one.
+        groups: how many groups they form.
+    """
+    return min(count, -(-count // groups) * _groups_at_once(count, itemsize, groups))
+
+
+def _groups_at_once(count: int, itemsize: int, groups: int) -> int:
+    most = min(CHUNK_VALUES, max(_FEW_VALUES, count * itemsize // _WIDE))
+    return max(1, most * groups // max(1, count))
 
 
 def moments(values: torch.Tensor, groups: int) -> torch.Tensor:
@@ -31,7 +53,7 @@ def moments(values: torch.Tensor, groups: int) -> torch.Tensor:
     batch, channels = values.shape[:2]
     by_group = values.unflatten(1, (groups, channels // groups))
     result = torch.empty((2, batch, groups), dtype=torch.float64, device=values.device)
-    step = max(1, CHUNK_VALUES * groups // max(1, values.numel()))
+    step = _groups_at_once(values.numel(), values.element_size(), groups)
     for first in range(0, groups, step):
         chunk = by_group[:, first : first + step]
         wide = chunk.to(torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(2)
