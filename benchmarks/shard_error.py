@@ -2,7 +2,7 @@
 
 `python -m benchmarks.shard_error`: over many inputs, on two ranks, with and without `repeat`; a thin VAE with
 random weights on random latents, and the trained one of the tests on crops of photos where `VAEPP_TEST_DATA`
-has it.
+has it. `--classes`: decode and encode of the small VAEs of the tests instead, one of each class, on noise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
+from torch import nn
 
 from benchmarks.cases import new_vae
 from vaepp_sdk import parallelize_vae
@@ -24,9 +26,34 @@ from vaepp_sdk.testing import run_ranks
 # The trained autoencoder is shared with the tests, which are no package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from shard_cases import Case, arguments, prepared, whole
 from trained import PHOTOS, ROOT, latent, thin_kl
 
 WAYS = ("auto", "never")
+CLASSES = [
+    case
+    for vae, latents, pixels in (
+        ("kl", ((40, 24), None), ((192, 104), None)),
+        ("flux2", ((40, 24), None), ((104, 192), None)),
+        ("tiny", ((40, 24), None), ((104, 192), None)),
+        ("dc", ((40, 24), None), ((64, 104), None)),
+        ("hunyuan image", ((40, 24), None), ((64, 104), None)),
+        ("wan", ((12, 8), 3), ((64, 104), 5)),
+        ("wan 2.2", ((12, 8), 2), ((96, 160), 5)),
+        ("qwen", ((12, 8), 3), ((64, 104), 5)),
+        ("hunyuan", ((12, 8), 2), ((64, 104), 5)),
+        ("hunyuan 1.5", ((8, 6), 2), ((96, 160), 5)),
+        ("ltx", ((8, 6), 2), ((160, 256), 9)),
+        ("ltx 2", ((8, 6), 2), ((160, 256), 9)),
+        ("cogvideox", ((12, 8), 3), ((64, 104), 9)),
+        ("mochi", ((12, 8), 2), ((64, 104), 7)),
+    )
+    for case in (
+        Case(latents[0], latents[1], vae=vae),
+        Case(pixels[0], pixels[1], vae=vae, direction="encode"),
+    )
+]
+"""One decode and one encode of each class, by rows, columns and frames."""
 
 
 def main() -> None:
@@ -34,16 +61,63 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--inputs", type=int, default=12)
     parser.add_argument("--side", type=int, default=32, help="of a latent")
-    arguments = parser.parse_args()
+    parser.add_argument("--classes", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.classes:
+        show_classes(chosen.inputs, chosen.dtype)
+        return
     names = ["trained", "random"] if ROOT.is_dir() else ["random"]
     print(f"{'weights':>8}  {'repeat':>6}  {'mean error':>10}  {'+-':>6}  {'largest error':>13}")
     for name in names:
-        given = (name, arguments.inputs, arguments.side, arguments.dtype)
+        given = (name, chosen.inputs, chosen.side, chosen.dtype)
         found = run_ranks(2, measure, *given, timeout=7200, collective=3600)[0]
         for way in WAYS:
-            means, largest = zip(*found[way], strict=True)
-            mean, doubt = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
-            print(f"{name:>8}  {way:>6}  {mean:10.4f}  {doubt:6.4f}  {statistics.mean(largest):13.3f}")
+            print(f"{name:>8}  {way:>6}  {_shown(found[way])}")
+
+
+def show_classes(inputs: int, dtype: str) -> None:
+    """Print the errors of one small VAE of each class."""
+    print(f"{'VAE':>13}  {'':>6}  {'mean error':>10}  {'+-':>6}  {'largest error':>13}")
+    found = run_ranks(2, measure_classes, inputs, dtype, timeout=7200, collective=3600)[0]
+    for (name, direction), errors in found.items():
+        print(f"{name:>13}  {direction}  {_shown(errors)}")
+
+
+def _shown(errors: Sequence[tuple[float, float]]) -> str:
+    means, largest = zip(*errors, strict=True)
+    mean, doubt = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+    return f"{mean:10.4f}  {doubt:6.4f}  {statistics.mean(largest):13.3f}"
+
+
+@torch.no_grad()
+def measure_classes(rank: int, inputs: int, dtype: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """As `measure`, by VAE and direction."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for case in CLASSES:
+        case = attrs.evolve(case, dtype=getattr(torch, dtype))
+        vae, like = prepared(case)
+        vae.disable_tiling()
+        exact = copy.deepcopy(vae)
+        nn.Module.to(exact, torch.float64)
+        parallel = parallelize_vae(vae, strategy="shard", output="rank0")
+        noise = torch.Generator().manual_seed(1)
+        errors = found.setdefault((case.vae, case.direction), [])
+        for _ in range(inputs):
+            value = (like.float() + torch.randn(like.shape, generator=noise)).to(case.dtype)
+            picture = whole(getattr(parallel, case.direction)(value, **arguments(case)))
+            if rank == 0:
+                plain, right = (
+                    whole(getattr(one, case.direction)(given, **arguments(case))).double()
+                    for one, given in ((vae, value), (exact, value.double()))
+                )
+                errors.append(_ratios(picture, plain, right))
+    return found
+
+
+def _ratios(picture: torch.Tensor, plain: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    """Mean and largest error of a picture, times those of the untiled one."""
+    apart, base = (picture.double() - right).abs(), (plain.double() - right).abs()
+    return float(apart.mean() / base.mean()), float(apart.max() / base.max())
 
 
 @torch.no_grad()
@@ -62,10 +136,9 @@ def measure(rank: int, name: str, inputs: int, side: int, dtype: str) -> dict[st
         if exact is None:
             continue
         right = exact.decode(value.double()).sample
-        base = (vae.decode(value).sample.double() - right).abs()
+        plain = vae.decode(value).sample
         for way, picture in pictures.items():
-            apart = (picture.double() - right).abs()
-            found[way].append((float(apart.mean() / base.mean()), float(apart.max() / base.max())))
+            found[way].append(_ratios(picture, plain, right))
     return found
 
 
