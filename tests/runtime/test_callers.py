@@ -152,12 +152,13 @@ def test_a_caller_with_many_open_files() -> None:
 
 def test_too_few_open_files_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     """Whichever file is one too many: the pool's, the run folder's, a rank's."""
-    allowed, before = resource.getrlimit(resource.RLIMIT_NOFILE), open_descriptors()
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, threads = open_descriptors(), threading.active_count()
     free = 1
     while "Too many open files" in (said := start_with(before + free, allowed)):
         assert said == "the ranks cannot be started: Too many open files; allow more open files (ulimit -n)"
         gc.collect()
-        assert (open_descriptors(), threading.active_count()) == (before, 1)
+        assert (open_descriptors(), threading.active_count()) == (before, threads)
         free += 1
     assert said == "started"
     assert free > 10
