@@ -40,11 +40,10 @@ def AutoencoderDC(**config: Any) -> Any:
         decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
         encoder_block_out_channels=(8, 8, 16),
         decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(1, 1, 1),
         decoder_layers_per_block=(1, 1, 1),
         encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,)),
-        **config,
+        **{"encoder_layers_per_block": (1, 1, 1), **config},
     )
     vae.enable_tiling(32, 32, 24, 24)
     return vae

@@ -124,6 +124,6 @@ def input_halo(value: torch.Tensor, plan: ShardPlan, rank: int) -> Halo:
     axis, part, reach = plan.parts.axis, plan.parts.parts[rank], plan.input_reach
     start, end = part.start, part.start + part.length
     first, last = max(0, start - reach.above), min(value.shape[axis], end + reach.below)
-    above = value.narrow(axis, first, start - first) if start else None
-    below = value.narrow(axis, end, last - end) if end < value.shape[axis] else None
+    above = value.narrow(axis, first, start - first) if first < start else None
+    below = value.narrow(axis, end, last - end) if end < last else None
     return Halo(above, below)

@@ -65,6 +65,7 @@ MORE = [
     Case((76, 48), vae="dc", direction="encode"),
     Case((32, 76), vae="dc", direction="encode", batch=2, output="sharded"),
     Case((24, 72), vae="dc", direction="encode", build=SANA, dtype=BF16),
+    Case((24, 76), vae="dc", direction="encode", build=SANA | {"encoder_layers_per_block": (0, 1, 1)}),
     Case((9, 14), vae="dc", build={"decoder_norm_types": "batch_norm"}, batch=2),
 ]
 BLOCKS = [  # no straight sequences of layers: several bands on a rank, in turn
