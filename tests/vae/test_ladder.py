@@ -12,7 +12,8 @@ import torch
 from vae_models import tiny_kl
 from vae_zoo import build
 
-from vaepp_sdk.entries import Rung, StrategyEntry, load_object
+from vaepp_sdk.entries import Option, Rung, StrategyEntry, load_object
+from vaepp_sdk.errors import PluginError
 from vaepp_sdk.markers import hookimpl
 from vaepp_sdk.registry import Plugin, Registry, default_registry
 from vaepp_sdk.vae import memory
@@ -33,21 +34,28 @@ def ways_of_mine(*_: Any) -> list[Rung]:
     ]
 
 
+STRANGERS: dict[str, dict[str, Any]] = {
+    "mine": {"lighter": ways_of_mine},
+    "mute": {},
+    "odd": {"options": (Option(name="halo", kind="integer", help="Its factory does not know it."),)},
+}
+
+
 class Strangers:
-    """Strategies of somebody else: one that names its ways down, and one that names none."""
+    """Strategies of somebody else: one names its ways down, one names none, one's factory lacks an option."""
 
     VAEPP_API = 1
 
     @hookimpl
     def vaepp_register_strategies(self, register: Any) -> None:
-        for name, lighter in (("mine", ways_of_mine), ("mute", None)):
+        for name, more in STRANGERS.items():
             register(
                 StrategyEntry(
                     name=name,
                     factory="vaepp_strategies.shard_run:ShardStrategy",
                     promise="none",
                     validated_for=("AutoencoderKL",),
-                    lighter=lighter,
+                    **more,
                 )
             )
 
@@ -141,6 +149,11 @@ def test_more_row_blocks_than_rows_are_no_other_plan(
         return chooser.plan_rung(rung, adapter, adapter.facts(), work)[1].digest
 
     assert digest(counts[0]) == digest(counts[1]) != digest(2)
+
+
+def test_a_factory_that_lacks_a_declared_option_is_named() -> None:
+    with pytest.raises(PluginError, match=r"strategy 'odd'.*does not take its options.*'halo'"):
+        ladder("odd", {"halo": 2}).top()
 
 
 def test_fewer_pictures_come_last() -> None:

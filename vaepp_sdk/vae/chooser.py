@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import attrs
 
 from vaepp_sdk.entries import PickRule, Rung, load_object
 from vaepp_sdk.entry_checks import AUTO
-from vaepp_sdk.errors import UnsupportedError
+from vaepp_sdk.errors import PluginError, UnsupportedError
 from vaepp_sdk.options import option_faults
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.vae.adapter import VaeAdapter
@@ -69,6 +70,7 @@ class StrategyChooser:
         """Let a strategy that was named refuse the VAE now, and not at the first call.
 
         Raises:
+            PluginError: the strategy's factory does not take the options that its entry declares.
             UnsupportedError: the VAE cannot be run so; on every rank alike.
         """
         if self.name != AUTO:
@@ -127,6 +129,12 @@ class StrategyChooser:
             self._check_allowed(rung.strategy)
             entry = self.registry.strategy(rung.strategy)
             factory = load_object(entry.factory, f"strategy {rung.strategy!r}")
+            try:
+                inspect.signature(factory).bind(**rung.options)
+            except TypeError as error:
+                raise PluginError(
+                    f"strategy {rung.strategy!r}", f"its factory does not take its options: {error}"
+                ) from error
             strategy: Strategy[Any] = factory(**rung.options)
             strategy.check(adapter)
             self._built[key] = strategy
