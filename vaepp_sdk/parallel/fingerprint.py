@@ -6,8 +6,9 @@ import torch
 
 __all__ = ["fingerprint"]
 
-_CHUNK = 1 << 20
-"""Elements at a time, so that the sums need a few MiB however large the tensor."""
+_PARTS, _LEAST = 64, 512
+"""Into how many parts the bits are cut, and the fewest words of one: the sums need a fraction of the tensor's
+memory, for the peak of what comes after must not be theirs."""
 
 _PERIOD = 65521
 
@@ -25,10 +26,11 @@ def fingerprint(tensor: torch.Tensor) -> str:
     width = torch.int16 if bits.numel() % 2 == 0 else torch.uint8
     words = bits.view(width)
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK].to(torch.int64)
-        weights = torch.arange(start, start + part.numel(), device=tensor.device) % _PERIOD + 1
-        sums += torch.stack((part.sum(), (part * weights).sum()))
+    size = max(_LEAST, -(-words.numel() // _PARTS))
+    for start in range(0, words.numel(), size):
+        part = words[start : start + size].to(torch.int64)
+        weights = torch.arange(start, start + part.numel(), device=tensor.device).remainder_(_PERIOD).add_(1)
+        sums += torch.stack((part.sum(), weights.mul_(part).sum()))
     plain, weighed = (number % 2**64 for number in sums.tolist())
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)} with bits {plain:x}-{weighed:x}"
