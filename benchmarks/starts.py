@@ -10,12 +10,15 @@ with 1 where a row misses a goal: the cause named, exit codes that are not 0, al
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +28,14 @@ from typing import Any
 
 import attrs
 
-from benchmarks.faults import RESULTS, Bench, left_after, print_line
+from benchmarks.faults import RESULTS, Bench, left_after, print_line, processes_of
 from benchmarks.report import environment, write
 
 BOOT, EXCHANGE, GONE = 10.0, 10.0, 10.0
 LIMITS = {"boot": BOOT, "load": 300.0, "request": 300.0, "exchange": EXCHANGE, "decode": 5.0}
+
+_LONGEST = 120.0
+"""How long a run may take from its start, in seconds."""
 
 OTHER_VERSION = "other-version"
 """A folder of the run's that makes another version of vaepp of this one."""
@@ -207,8 +213,11 @@ class Starts:
                 stranger.close()
             began = time.monotonic()
             processes = self._start(case, port, run, fault)
+            late = threading.Timer(_LONGEST, _kill_all, [run])
+            late.start()
             with ThreadPoolExecutor(len(processes)) as readers:
-                said = list(readers.map(lambda process: process.communicate(timeout=300)[1], processes))
+                said = list(readers.map(lambda process: process.communicate()[1], processes))
+            late.cancel()
         ended = time.monotonic()
         row = Row(
             name=case.name,
@@ -256,6 +265,13 @@ class Starts:
         return set((self.bench.folder / "out").glob("*.png"))
 
 
+def _kill_all(run: str) -> None:
+    """End a run that does not end: its row has the seconds, and misses a goal."""
+    for pid in processes_of(run):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _own(case: Case) -> list[str]:
     return [word for override in case.overrides for word in ("--set", override)]
 
@@ -300,6 +316,7 @@ _WIDTHS = dict(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--repeat", type=int, default=1, help="how often to run each case")
     parser.add_argument("--out", type=Path, default=RESULTS / "starts.json")
     arguments = parser.parse_args()
     rows = []
@@ -309,7 +326,7 @@ def main() -> None:
         print(f"ranks take {starts.ready:.1f} s to join")
         print_line({name: name for name in _WIDTHS}, _WIDTHS)
         for case in CASES:
-            if arguments.only in case.name:
+            for _ in range(arguments.repeat if arguments.only in case.name else 0):
                 rows.append(starts.run(case))
                 print_line(attrs.asdict(rows[-1]), _WIDTHS)
     missed = sum(bool(row.misses) for row in rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.joined import JoinedRank
 from vaepp_sdk.runtime.news import Event
-from vaepp_sdk.testing import run_ranks
+from vaepp_sdk.runtime.work import Answer
+from vaepp_sdk.testing import RankFailedError, run_ranks
 
 ALIKE = "the request failed in stage denoise, and the ranks are ready for others"
 
@@ -106,3 +109,28 @@ def test_a_single_rank_needs_no_group() -> None:
     engine.close()
     with pytest.raises(RunError, match="left"):
         engine.run({})
+
+
+def _stuck_where_no_limit_is_near(rank: int) -> None:
+    engine = joined(rank, 2)
+    engine.start()
+    work = engine._work
+    assert work is not None
+
+    def fail(request: Mapping[str, Any]) -> Answer:
+        raise ValueError("struck")
+
+    def sleep(request: Mapping[str, Any]) -> Answer:
+        threading.Event().wait()
+        raise AssertionError
+
+    work.run = sleep if rank == 1 else fail  # type: ignore[method-assign]
+    error_of(lambda: engine.run({"seed": 0}))
+    time.sleep(60)  # keeps the store, and rank 1 from being ended by whoever started both
+
+
+def test_a_rank_that_is_stuck_when_the_job_is_over_ends_itself() -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankFailedError, match="rank 1 died without a word"):
+        run_ranks(2, _stuck_where_no_limit_is_near)
+    assert time.monotonic() - begun < 50  # before rank 0 leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pytest
 from vaepp_sdk.pipeline import _limits
 from vaepp_sdk.runtime.beats import Beat
 from vaepp_sdk.runtime.pace import PATIENCE, Pace, Stall, stall
-from vaepp_sdk.runtime.watchdog import Watchdog
+from vaepp_sdk.runtime.watchdog import GIVEN_UP, Watchdog
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec
 
 LIMITS = LimitsSpec(load=1000, denoise=60, decode=120)
@@ -120,13 +121,38 @@ def test_a_watchdog_tells_of_its_own_thread_only() -> None:
 
     dog = Watchdog(LimitsSpec(denoise=0.1), hear)
     dog.enter("denoise")
-    with dog.watching():
+    with dog.watching(str):  # `str()` is empty: the job is not over
         dog.step(3, 8)
         assert heard.wait(30)
     assert len(told) == 1
     assert told[0].startswith("it runs and does not come further at step 3 of 8; no step for 0.")
-    with dog.watching():
+    with dog.watching(str):
         dog.enter("save")
         time.sleep(0.6)
     assert len(told) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "vaepp-watchdog"]
+
+
+def test_a_rank_whose_job_is_over_has_time_to_see_it_itself() -> None:
+    told: list[tuple[float, str]] = []
+    heard = threading.Event()
+
+    def hear(what: str) -> None:
+        told.append((time.monotonic(), what))
+        heard.set()
+
+    dog = Watchdog(LimitsSpec(), hear)
+    dog.enter("decode")
+    begun = time.monotonic()
+    with dog.watching(lambda: "rank 1 has failed"):
+        time.sleep(3)
+        dog.step(1, 4)  # it comes further, and may yet come to where it learns of it
+        moved = time.monotonic()
+        assert heard.wait(30)
+    [(at, what)] = told
+    assert moved - begun >= 3
+    assert at - moved > GIVEN_UP
+    assert re.match(
+        r"it runs and does not come further at step 1 of 4; no step for [678]\.\d s, and rank 1 has failed",
+        what,
+    )

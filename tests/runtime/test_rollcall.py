@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -59,6 +60,23 @@ def test_a_rank_that_is_there_twice_is_named_to_all() -> None:
     """Also to those that wait for another one, which does not come."""
     found = meet([seat(rank, 3) for rank in (0, 1, 1)])
     assert found == ["two processes say that they are rank 1 (RANK); start each rank once"] * 3
+
+
+def test_who_comes_late_learns_of_a_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store goes with rank 0, which keeps it for them; nobody waits where a launcher holds it."""
+
+    def seconds(rank: int) -> float:
+        store = HashStore()
+        store.set(f"taken/{rank}", "1")
+        begun = time.monotonic()
+        with pytest.raises(RunError, match=f"two processes say that they are rank {rank}"):
+            take_seat(store, seat(rank, 2))
+        return time.monotonic() - begun
+
+    assert seconds(0) > 4
+    assert seconds(1) < 4
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert seconds(0) < 4
 
 
 def test_jobs_of_two_sizes_are_named_to_all() -> None:

@@ -24,7 +24,7 @@ from vaepp_sdk.cli.streams import let_go, open_missing
 from vaepp_sdk.errors import RunError, VaeppError, VaeppWarning
 from vaepp_sdk.runtime.inplace import end_with_launcher
 from vaepp_sdk.runtime.leaving import GRACE, leave_soon
-from vaepp_sdk.runtime.strays import MARK, end_strays
+from vaepp_sdk.runtime.strays import MARK, end_job
 from vaepp_sdk.runtime.voice import complain, first_to_say, tell
 from vaepp_sdk.text import reason_of
 
@@ -44,6 +44,10 @@ _ALONE = {
     "--check": (("--quiet",), "it draws no progress, and what it prints is what was asked for"),
 }
 """What an argument does not go together with, because it would have no effect, and why."""
+
+
+_STRAYS_GRACE = 2.0
+"""How long this process waits for what plugins started in it, in seconds, once it has killed it."""
 
 
 class _SignalledError(BaseException):
@@ -67,7 +71,7 @@ def entry_point() -> None:
     let_go(sys.stdout)
     let_go(sys.stderr)
     if "RANK" in os.environ:
-        end_strays(job)
+        end_job(job, {}, _STRAYS_GRACE)
     if "RANK" in os.environ and code:
         # Under a launcher the other ranks may be gone: finalizers could wait for them.
         os._exit(code)

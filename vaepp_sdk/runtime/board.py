@@ -5,6 +5,7 @@ No collective and no pickle: a rank that is not there is missed after a stated t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -45,6 +46,13 @@ class Board:
         self._silent: list[int] = []
         self._alone: dict[str, str] = {}
 
+    def aside(self) -> Board:
+        """The same board for another thread's `ended`: on one connection a look waits for other waits."""
+        found = copy.copy(self)
+        if self._store is not None:
+            found._store = self._store.clone()
+        return found
+
     def post(self, name: str, value: Mapping[str, Any]) -> None:
         """Put this rank's value under a name; what nobody can still be reading is taken down."""
         key = self._key(name, self._rank)
@@ -56,6 +64,17 @@ class Board:
         # A rank posts under a new name only after it has read the one before the last.
         while len(self._mine) > 4:
             self._store.delete_key(self._mine.pop(0))
+
+    def end(self, name: str) -> None:
+        """Note that the job is over for this rank, which has failed in what comes under a name."""
+        if self._store is not None:
+            self._store.set(f"{self._prefix}/over", json.dumps([name, self._rank]))
+
+    def ended(self, name: str) -> int | None:
+        """The rank for which the job is over, as far as one has said so under this name."""
+        text = self._get(f"{self._prefix}/over")
+        over, rank = json.loads(text) if text is not None else ("", 0)
+        return rank if over == name else None
 
     def read(self, name: str, wait: float) -> dict[int, Any]:
         """What ranks have posted under a name, as soon as all have, one is silent, or the wait is over."""

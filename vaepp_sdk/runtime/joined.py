@@ -57,6 +57,7 @@ class JoinedRank:
         self._on_event = on_event
         self._stage = "boot"
         self._runs = 0
+        self._part = "load"
         self._kept: Path | None = None
         self._watchdog = Watchdog(job.limits, self._stuck)
         self._work: RankWork | None = None
@@ -75,8 +76,9 @@ class JoinedRank:
         self._work = work
         self._board = Board(self._launch.rank, self._launch.world_size)
         self._stage = "load"
-        with self._limit("load"):
-            self._together("load", functools.partial(_load, work))
+        self._watchdog.enter("load")
+        with self._limit("load"), self._watched():
+            self._together(functools.partial(_load, work))
 
     def run(self, request: Mapping[str, Any]) -> Answers:
         """Serve one request; the pictures are those that landed on this rank.
@@ -91,12 +93,13 @@ class JoinedRank:
         if work is None:
             raise RunError("this rank has left its job")
         self._runs += 1
+        self._part = f"answer {self._runs}"
         self._kept = None
         self._stage = "request"
         self._watchdog.enter("request")
-        with self._limit("request"), self._watchdog.watching():
+        with self._limit("request"), self._watched():
             agreed = self._agree(request)
-            values, answer = self._together(f"answer {self._runs}", lambda: work.run(agreed))
+            values, answer = self._together(lambda: work.run(agreed))
         return Answers(values, [answer.pictures])
 
     def close(self, now: bool = False) -> None:
@@ -143,37 +146,37 @@ class JoinedRank:
             raise AgreementError(f"rank 0 and ranks {differing} were asked for different pictures")
         return first
 
-    def _together(self, name: str, work: Callable[[], Answer]) -> tuple[list[Any], Answer]:
+    def _together(self, work: Callable[[], Answer]) -> tuple[list[Any], Answer]:
         """Do this rank's part, then see how the others fared: where one fails, all raise its failure."""
         try:
-            answer = self._done(name, work)
+            answer = self._done(work)
         except BaseException as error:
             # A signal: launchers send it once another rank has failed.
-            if not isinstance(error, Exception) and self._neighbours_said(name):
+            if not isinstance(error, Exception) and self._neighbours_said():
                 hush()
             raise
-        self._board.post(name, {"value": dict(answer.value)})
-        found = self._board.read(name, self._job.limits.exchange)
+        self._board.post(self._part, {"value": dict(answer.value)})
+        found = self._board.read(self._part, self._job.limits.exchange)
         records = _records(found)
         if records:
             raise records[0].error()
-        return [one["value"] for one in self._board.all_of(found, name)], answer
+        return [one["value"] for one in self._board.all_of(found, self._part)], answer
 
-    def _done(self, name: str, work: Callable[[], Answer]) -> Answer:
+    def _done(self, work: Callable[[], Answer]) -> Answer:
         try:
             return work()
         except Exception as error:
-            raise self._failure(name, error) from error
+            raise self._failure(error) from error
 
-    def _failure(self, name: str, error: Exception) -> Exception:
+    def _failure(self, error: Exception) -> Exception:
         """What to raise for an error on this rank: its own, or the one of another rank that caused it."""
         mine = ErrorRecord.of(error, self._launch.rank, self._stage)
         harmless = isinstance(error, RankError) and error.harmless
         found: dict[int, Any] = {self._launch.rank: {}}
         # The store may be gone with the rank or the node that held it.
         with contextlib.suppress(RuntimeError):
-            self._board.post(name, {"record": mine.to_dict()})
-            found = self._board.read(name, _ALIKE_GRACE if harmless else _GRACE[mine.kind])
+            self._post(mine)
+            found = self._board.read(self._part, _ALIKE_GRACE if harmless else _GRACE[mine.kind])
             records = _records(found)
             if harmless and len(records) == self._launch.world_size and alike(records):
                 return mine.refusal(alone=False)
@@ -186,6 +189,12 @@ class JoinedRank:
             return self._lost(mine, found)
         return error if isinstance(error, UserError) else mine.error()
 
+    def _post(self, record: ErrorRecord) -> None:
+        """Tell the other ranks that this one has failed."""
+        self._board.post(self._part, {"record": record.to_dict()})
+        if record.kind != "user":  # what one rank refuses, the others may come to refuse as well, and stay
+            self._board.end(self._part)
+
     def _lost(self, mine: ErrorRecord, found: Mapping[int, Any]) -> PeerError:
         """Other ranks broke a wait and none says why: those that say nothing at all are gone."""
         silent = [rank for rank in range(self._launch.world_size) if rank not in found]
@@ -193,17 +202,29 @@ class JoinedRank:
         cause = f"a rank or a node is gone or stuck, which its launcher may explain ({_plain(mine)})"
         return PeerError(mine.rank, peers, f"stage {mine.stage}", cause)
 
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """Watch this rank while it does its part."""
+        return self._watchdog.watching(functools.partial(self._over, self._board.aside()))
+
+    def _over(self, board: Board) -> str:
+        """Why the job has ended for other ranks while this one does its part, or nothing."""
+        try:
+            rank = board.ended(self._part)
+        except RuntimeError:  # torch has nothing narrower
+            return "the job's store is gone"
+        return "" if rank is None else f"rank {rank} has failed"
+
     @property
     def _neighbours(self) -> set[int]:
         """The other ranks of this machine; each tells of its own failure."""
         first = self._launch.rank - self._launch.local_rank
         return set(range(first, first + self._launch.local_size)) - {self._launch.rank}
 
-    def _neighbours_said(self, name: str, since: float = 0.0) -> bool:
+    def _neighbours_said(self, since: float = 0.0) -> bool:
         """Whether another rank of this machine has told of a failure, at least so many seconds ago."""
         records = list[ErrorRecord]()
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            records = _records(self._board.read(name, 0.0))
+            records = _records(self._board.read(self._part, 0.0))
         latest = time.monotonic_ns() - since * 1e9
         return any(one.rank in self._neighbours and one.time < latest for one in records)
 
@@ -222,11 +243,10 @@ class JoinedRank:
         """End this process, whose work stands still: its peers may wait for it for hours."""
         error = RankError(self._launch.rank, self._stage, what)
         record = ErrorRecord.of(error, self._launch.rank, self._stage)
-        name = f"answer {self._runs}"
         # A peer that has waited for less than its grace will find these words, and leave them to this rank.
-        said = self._neighbours_said(name, _GRACE["peer"])
+        said = self._neighbours_said(_GRACE["peer"])
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            self._board.post(name, {"record": record.to_dict()})
+            self._post(record)
         if not said:
             faulthandler.dump_traceback(sys.stderr)
             tell(str(error), *resume_notes(self._kept))

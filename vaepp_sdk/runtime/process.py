@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -21,12 +20,11 @@ from vaepp_sdk.runtime.channel import ParentChannel, encode
 from vaepp_sdk.runtime.job import Job, RunFolder
 from vaepp_sdk.runtime.pace import Pace
 from vaepp_sdk.runtime.pictures import make_store
-from vaepp_sdk.runtime.strays import MARK, signal_strays
+from vaepp_sdk.runtime.strays import MARK, end_job, is_readable
 
 __all__ = ["Ending", "RankProcess", "end_all", "spawn"]
 
 _RANK_MAIN = str(Path(__file__).with_name("rank_main.py"))
-_TERM_GRACE = 1.0
 _KILL_GRACE = 10.0
 # A launcher's variables would make the ranks, or what they import, join another job.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -86,7 +84,7 @@ class RankProcess:
 
     def ended(self) -> bool:
         """Whether the process has ended."""
-        return _is_readable(self.pidfd, 0)
+        return is_readable(self.pidfd, 0)
 
     def ending(self) -> Ending | None:
         """How the process ended, or None while it lives. It is not reaped, so that its id stays its own."""
@@ -101,11 +99,6 @@ class RankProcess:
         if found.si_code == os.CLD_EXITED:
             return Ending(code=found.si_status)
         return Ending(signal=found.si_status)
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the process and to all it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
 
     def release(self) -> None:
         """Reap the process and close what the parent holds of it."""
@@ -188,26 +181,10 @@ def _environment(world_size: int, job: str) -> Mapping[str, str]:
 
 
 def end_all(ranks: Sequence[RankProcess], job: str) -> None:
-    """End processes and all they started: SIGTERM, a second to leave, SIGKILL.
+    """End the processes of ranks and all they started.
 
     Args:
         ranks: the processes.
         job: what they were marked with.
     """
-    sessions = [rank.process.pid for rank in ranks]
-    for number, grace in ((signal.SIGTERM, _TERM_GRACE), (signal.SIGKILL, _KILL_GRACE)):
-        for rank in ranks:
-            rank.signal(number)
-        strays = signal_strays(job, sessions, number)
-        limit = time.monotonic() + grace
-        for pidfd in [*(rank.pidfd for rank in ranks), *strays]:
-            _is_readable(pidfd, max(0.0, limit - time.monotonic()))
-        for pidfd in strays:
-            os.close(pidfd)
-
-
-def _is_readable(descriptor: int, wait: float) -> bool:
-    """Whether a descriptor, of any number, becomes readable within so many seconds."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(wait * 1000))
+    end_job(job, {rank.process.pid: rank.pidfd for rank in ranks}, _KILL_GRACE)

@@ -5,6 +5,7 @@ A process group says of a rank that does not come, or comes twice, only that a w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ __all__ = ["launchers_store", "take_seat"]
 _PAUSE = 0.05
 _FOUND_FAULT = "fault"
 
+_LINGER = 5.0
+"""How long a rank that holds the store keeps it for those that come late to a fault, in seconds."""
+
 
 def launchers_store(seat: Seat, environment: Mapping[str, str]) -> Store:
     """The store at `MASTER_ADDR` and `MASTER_PORT`: torchrun's agent holds it, or else rank 0.
@@ -34,7 +38,7 @@ def launchers_store(seat: Seat, environment: Mapping[str, str]) -> Store:
     port = environment["MASTER_PORT"]
     if not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"MASTER_PORT={clean(port)!r} in the environment; it must be a port, 1 to 65535")
-    holds = seat.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    holds = _holds_store(seat, environment)
     try:
         store = TCPStore(
             environment["MASTER_ADDR"],
@@ -61,6 +65,17 @@ def take_seat(store: Store, seat: Seat) -> None:
         RunError: a rank is there twice, or in a job of another size; every rank that waits raises alike.
         PeerError: naming the ranks that have not come in time.
     """
+    try:
+        _meet(store, seat)
+    except PeerError:
+        raise
+    except RunError:
+        if _holds_store(seat, os.environ):
+            time.sleep(_LINGER)
+        raise
+
+
+def _meet(store: Store, seat: Seat) -> None:
     size = str(seat.world_size)
     if store.add(f"taken/{seat.rank}", 1) > 1:
         _refuse(store, f"two processes say that they are rank {seat.rank} (RANK); start each rank once")
@@ -92,3 +107,7 @@ def _refuse(store: Store, fault: str) -> None:
 def _raise_fault(store: Store) -> None:
     if store.check([_FOUND_FAULT]):
         raise RunError(store.get(_FOUND_FAULT).decode())
+
+
+def _holds_store(seat: Seat, environment: Mapping[str, str]) -> bool:
+    return seat.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -1,7 +1,7 @@
-"""Processes that have left their rank's session, found by a mark in the environment that they inherit.
+"""Ends a job's processes, those too that have left their rank's session.
 
-A signal to a rank's process group does not reach them, and once the rank is gone nothing else tells whose
-they were.
+A signal to a rank's process group does not reach them, and once the rank is gone only a mark in the
+environment that they inherit tells whose they were.
 """
 
 from __future__ import annotations
@@ -11,29 +11,46 @@ import os
 import select
 import signal
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 
-__all__ = ["MARK", "end_strays", "signal_strays"]
+__all__ = ["MARK", "end_job", "is_readable"]
 
 MARK = "VAEPP_JOB"
 """Names the job in the environment of all its processes; without it, one is left alone."""
 
-_GRACES = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 2.0))
+_TERM_GRACE = 1.0
 
 
-def end_strays(job: str) -> None:
-    """End all processes that were started with a job's mark: SIGTERM, a second to leave, SIGKILL."""
-    for number, grace in _GRACES:
-        found, limit = signal_strays(job, (), number), time.monotonic() + grace
-        for pidfd in found:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll(max(0.0, limit - time.monotonic()) * 1000)
+def end_job(job: str, ranks: Mapping[int, int], grace: float) -> None:
+    """End the processes of a job and all they started: SIGTERM, a second to leave, SIGKILL.
+
+    Args:
+        job: what they were marked with.
+        ranks: the ids of processes with a process group of their own, each with a descriptor that is readable
+            once it has ended.
+        grace: how long to wait for the kernel at the end, in seconds.
+    """
+    for number, wait in ((signal.SIGTERM, _TERM_GRACE), (signal.SIGKILL, grace)):
+        for group in ranks:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, number)
+        strays = _signal_strays(job, ranks, number)
+        limit = time.monotonic() + wait
+        for pidfd in [*ranks.values(), *strays]:
+            is_readable(pidfd, max(0.0, limit - time.monotonic()))
+        for pidfd in strays:
             os.close(pidfd)
 
 
-def signal_strays(job: str, sessions: Container[int], number: int) -> list[int]:
+def is_readable(descriptor: int, wait: float) -> bool:
+    """Whether a descriptor, of any number, becomes readable within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(wait * 1000))
+
+
+def _signal_strays(job: str, sessions: Container[int], number: int) -> list[int]:
     """Send a signal to the processes of a job that are in none of its ranks' sessions.
 
     Returns:

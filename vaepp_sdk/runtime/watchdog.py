@@ -12,9 +12,14 @@ from vaepp_sdk.runtime.pace import Pace, stall
 from vaepp_sdk.runtime.stacks import thread_waits
 from vaepp_sdk.spec.classes import LimitsSpec
 
-__all__ = ["Watchdog"]
+__all__ = ["GIVEN_UP", "Watchdog"]
 
 _TURN = 0.25
+_LOOK = 1.0
+"""How often it is asked whether the job is over, in seconds: each answer is a message or more."""
+
+GIVEN_UP = 6.0
+"""How long a rank may stand still once the job is over, in seconds: longer than those that failed listen."""
 
 
 class Watchdog:
@@ -44,11 +49,17 @@ class Watchdog:
         self._beat = Beat(now, beat.entered, now, done, total, False, beat.stage)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the calling thread for the length of a block."""
+    def watching(self, is_over: Callable[[], str]) -> Iterator[None]:
+        """Watch the calling thread for the length of a block.
+
+        Args:
+            is_over: called from the watching thread, about once a second: why the job has ended for the other
+                ranks, or nothing. A rank that is stuck where no limit is near does not learn it otherwise.
+        """
         over = threading.Event()
         self._worker = threading.get_ident()
-        thread = threading.Thread(target=self._watch, args=[over], name="vaepp-watchdog", daemon=True)
+        arguments = (over, is_over)
+        thread = threading.Thread(target=self._watch, args=arguments, name="vaepp-watchdog", daemon=True)
         thread.start()
         try:
             yield
@@ -56,15 +67,21 @@ class Watchdog:
             over.set()
             thread.join()
 
-    def _watch(self, over: threading.Event) -> None:
-        pace = Pace()
+    def _watch(self, over: threading.Event, is_over: Callable[[], str]) -> None:
+        pace, why = Pace(), ""
+        next_look, learnt = 0.0, 0.0
         while not over.wait(_TURN):
-            beat = self._beat
+            beat, now = self._beat, time.monotonic()
             pace.note(beat)
-            found = stall([(beat, pace)], time.monotonic(), self._limits)
-            if found is not None and not thread_waits(self._worker):
+            if not why and now > next_look:
+                why, next_look, learnt = is_over(), now + _LOOK, now
+            found = stall([(beat, pace)], now, self._limits)
+            what = found.what if found is not None else ""
+            if not what and why and now - max(learnt, beat.moved) > GIVEN_UP:
+                what = f"no step for {now - beat.moved:.1f} s, and {why}"
+            if what and not thread_waits(self._worker):
                 where = f" at step {beat.step} of {beat.total}" if beat.total else ""
-                self._tell(f"it runs and does not come further{where}; {found.what}")
+                self._tell(f"it runs and does not come further{where}; {what}")
                 return
 
 
