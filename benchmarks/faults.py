@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,9 @@ STAGES = ("load", "encode_prompt", "denoise", "decode", "save")
 SIGNALS = ("KILL", "TERM", "INT", "HUP")
 LIMITS = {"load": 60.0, "denoise": 5.0, "request": 10.0, "exchange": 10.0}
 CRASH_SECONDS, SLACK_SECONDS, MOST_LINES = 2.0, 3.0, 25
+_LONGEST = 300.0
+"""How long a run may take from its start, in seconds."""
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 SPEC = """
@@ -153,12 +157,13 @@ class Bench:
             text=True,
         )
         since = None
-        if launcher:
-            since = _wait_for(mark, process)
-            time.sleep(0.5)  # the other ranks come to wait for this one
-            since += 500_000_000
-            process.send_signal(getattr(signal, f"SIG{launcher}"))
-        _, stderr = process.communicate(timeout=300)
+        with killed_after(run, _LONGEST):
+            if launcher:
+                since = _wait_for(mark, process)
+                time.sleep(0.5)  # the other ranks come to wait for this one
+                since += 500_000_000
+                process.send_signal(getattr(signal, f"SIG{launcher}"))
+            _, stderr = process.communicate()
         ended = time.monotonic_ns()
         since = since or (int(mark.read_text()) if mark.exists() else ended)
         left = left_after(run, 2.0)
@@ -216,6 +221,23 @@ def _hang_limit(fault: str, stage: str) -> float:
     if fault == BETWEEN_STEPS:
         return LIMITS["denoise"]
     return LIMITS["load"] if stage == "load" else LIMITS["request"]
+
+
+@contextlib.contextmanager
+def killed_after(run: str, seconds: float) -> Iterator[None]:
+    """Kill a run that has not ended after so many seconds: its row has them, and misses a goal."""
+
+    def kill() -> None:
+        for pid in processes_of(run):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def left_after(run: str, seconds: float) -> int:

@@ -10,15 +10,12 @@ with 1 where a row misses a goal: the cause named, exit codes that are not 0, al
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +25,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks.faults import RESULTS, Bench, left_after, print_line, processes_of
+from benchmarks.faults import RESULTS, Bench, killed_after, left_after, print_line
 from benchmarks.report import environment, write
 
 BOOT, EXCHANGE, GONE = 10.0, 10.0, 10.0
@@ -213,11 +210,8 @@ class Starts:
                 stranger.close()
             began = time.monotonic()
             processes = self._start(case, port, run, fault)
-            late = threading.Timer(_LONGEST, _kill_all, [run])
-            late.start()
-            with ThreadPoolExecutor(len(processes)) as readers:
+            with killed_after(run, _LONGEST), ThreadPoolExecutor(len(processes)) as readers:
                 said = list(readers.map(lambda process: process.communicate()[1], processes))
-            late.cancel()
         ended = time.monotonic()
         row = Row(
             name=case.name,
@@ -263,13 +257,6 @@ class Starts:
 
     def _pictures(self) -> set[Path]:
         return set((self.bench.folder / "out").glob("*.png"))
-
-
-def _kill_all(run: str) -> None:
-    """End a run that does not end: its row has the seconds, and misses a goal."""
-    for pid in processes_of(run):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _own(case: Case) -> list[str]:
