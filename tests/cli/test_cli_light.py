@@ -307,12 +307,17 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(spec: str, tmp_path: Pa
         stderr=subprocess.DEVNULL,
         env=environment(tmp_path, VAEPP_TEST_FAULT=fault),
     )
-    ranks = children_when_ready(launcher.pid, 2)
-    assert all(runs(pid) for pid in ranks)
-    time.sleep(8)  # rank 1 is in C, rank 0 waits for it
-    assert listeners(ranks) == {"0100007F"}, "gloo's; torchrun's own store is torchrun's"
-    launcher.kill()
-    launcher.wait()
+    try:
+        ranks = children_when_ready(launcher.pid, 2)
+        assert all(runs(pid) for pid in ranks)
+        joined = time.monotonic() + 60
+        while not (found := listeners(ranks)) and time.monotonic() < joined:
+            time.sleep(0.1)
+        assert found == {"0100007F"}, "gloo's; torchrun's own store is torchrun's"
+        time.sleep(5)  # rank 1 is in C, rank 0 waits for it
+    finally:
+        launcher.kill()
+        launcher.wait()
     limit = time.monotonic() + 5
     while left := [pid for pid in ranks if runs(pid)]:
         assert time.monotonic() < limit, left

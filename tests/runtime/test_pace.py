@@ -13,6 +13,7 @@ import pytest
 from vaepp_sdk.pipeline import _limits
 from vaepp_sdk.runtime.beats import Beat
 from vaepp_sdk.runtime.pace import PATIENCE, Pace, Stall, stall
+from vaepp_sdk.runtime.stacks import frames_of
 from vaepp_sdk.runtime.watchdog import GIVEN_UP, Watchdog
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec
 
@@ -156,3 +157,25 @@ def test_a_rank_whose_job_is_over_has_time_to_see_it_itself() -> None:
         r"it runs and does not come further at step 1 of 4; no step for [678]\.\d s, and rank 1 has failed",
         what,
     )
+
+
+def test_where_a_thread_of_this_process_stands() -> None:
+    over = threading.Event()
+
+    def waits_here(depth: int) -> None:
+        if depth:
+            waits_here(depth - 1)
+        else:
+            over.wait()
+
+    thread = threading.Thread(target=waits_here, args=[20])
+    thread.start()
+    while not any("waits_here" in line for line in frames_of(thread.ident or 0)):
+        time.sleep(0.01)
+    found = frames_of(thread.ident or 0)
+    over.set()
+    thread.join()
+    assert found[0].startswith("in wait, ")
+    assert f"in waits_here, {__file__}, line " in found[-1]
+    assert len(found) == 8
+    assert frames_of(thread.ident or 0) == []

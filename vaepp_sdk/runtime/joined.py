@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import os
 import re
@@ -24,6 +23,7 @@ from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
 from vaepp_sdk.runtime.news import Answers, Event
 from vaepp_sdk.runtime.records import ErrorRecord, alike
+from vaepp_sdk.runtime.stacks import frames_of
 from vaepp_sdk.runtime.voice import hush, tell
 from vaepp_sdk.runtime.watchdog import Watchdog
 from vaepp_sdk.runtime.work import Answer, RankWork, Seat
@@ -58,6 +58,7 @@ class JoinedRank:
         self._stage = "boot"
         self._runs = 0
         self._part = "load"
+        self._worker = 0
         self._kept: Path | None = None
         self._watchdog = Watchdog(job.limits, self._stuck)
         self._work: RankWork | None = None
@@ -233,6 +234,7 @@ class JoinedRank:
         """End this process when a phase takes longer than its limit: there is no parent that would."""
         timer = threading.Timer(getattr(self._job.limits, phase) + slack, self._give_up, [phase])
         timer.daemon = True
+        self._worker = threading.get_ident()
         timer.start()
         try:
             yield
@@ -248,15 +250,13 @@ class JoinedRank:
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self._post(record)
         if not said:
-            faulthandler.dump_traceback(sys.stderr)
-            tell(str(error), *resume_notes(self._kept))
+            tell(str(error), *frames_of(self._worker), *resume_notes(self._kept))
         sys.stderr.flush()
         os._exit(1)
 
     def _give_up(self, phase: str) -> None:
         limit = getattr(self._job.limits, phase)
-        faulthandler.dump_traceback(sys.stderr)
-        tell(f"[limits] {phase} = {limit:g} s is over in stage {self._stage}")
+        tell(f"[limits] {phase} = {limit:g} s is over in stage {self._stage}", *frames_of(self._worker))
         sys.stderr.flush()
         os._exit(1)
 

@@ -6,13 +6,14 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 from vaepp_sdk.runtime.job import RunFolder
 from vaepp_sdk.runtime.process import RankProcess
 
-__all__ = ["ask_for_stacks", "thread_waits", "waits_for_peers"]
+__all__ = ["ask_for_stacks", "frames_of", "thread_waits", "waits_for_peers"]
 
 _ANSWER_TIME = 0.5
 _THREAD = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
@@ -20,6 +21,8 @@ _FRAME = re.compile(r'File "([^"]+)", line \d+ in (\S+)')
 _WAITS = tuple(f"vaepp_sdk/{name}.py" for name in ("parallel/view", "parallel/gate", "runtime/board"))
 _INNERMOST = 4
 """Frames looked at: an exchange's own code lies between its caller and the wait in C."""
+
+_SHOWN = 8
 
 
 def ask_for_stacks(ranks: Iterable[RankProcess], folder: RunFolder) -> dict[int, str]:
@@ -51,6 +54,13 @@ def thread_waits(ident: int) -> bool:
         files.append(frame.f_code.co_filename)
         frame = frame.f_back
     return any(_is_exchange(file) for file in files)
+
+
+def frames_of(ident: int) -> list[str]:
+    """Where a thread of this process stands, innermost first, one line a frame; nothing once it is gone."""
+    frame = sys._current_frames().get(ident)
+    stack = traceback.extract_stack(frame, _SHOWN) if frame is not None else []
+    return [f"in {one.name}, {one.filename}, line {one.lineno}" for one in reversed(stack)]
 
 
 def _is_exchange(file: str) -> bool:
