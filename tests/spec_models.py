@@ -1,4 +1,4 @@
-"""A plugin and a model folder without weights, for tests of specs: no torch, no diffusers import."""
+"""A plugin and a model folder whose weight files hold nothing, for tests of specs: no torch, no diffusers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ PIPELINE = "ZImagePipeline"
 Z_IMAGE = {"n_heads": 30, "dim": 3840}
 VAE = {"block_out_channels": [128, 256, 512, 512]}
 """The real model's sizes."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NO_WEIGHTS = b"\x02" + bytes(7) + b"{}"
+"""A safetensors file without a tensor."""
 
 
 class StandIn:
@@ -66,7 +70,7 @@ def model_folder(
     transformer: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the JSON files of a model in diffusers format."""
+    """Write the JSON files of a model in diffusers format, and weight files that hold nothing."""
     index = {
         "_class_name": pipeline,
         "_diffusers_version": "0.38.0",
@@ -80,4 +84,5 @@ def model_folder(
     for component, config in configs.items():
         (folder / component).mkdir()
         (folder / component / "config.json").write_text(json.dumps(config))
+        (folder / component / WEIGHTS).write_bytes(NO_WEIGHTS)
     return folder

@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # beside it. A unit is a module or a package of vaepp_sdk; the longest name that fits counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "markers", "text"),
-    ("entry_checks",),
+    ("entry_checks", "headers"),
     ("entries", "events", "kept", "nonfinite", "parallel.dims"),
     ("hookspecs", "options"),
     ("registry", "spec"),
     ("model_folder", "signature"),
-    ("size_rules",),
+    ("size_rules", "weight_files"),
     ("dit_rules", "model_rules", "vae_rules"),
     ("call_rules",),
     ("resolve",),

@@ -24,10 +24,9 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.offload import pin_device
 from vaepp_sdk.parallel.group import DiTGroup
 from vaepp_sdk.resolve import Resolved
+from vaepp_sdk.weight_files import PICKLED, SAVE_ANEW
 
 __all__ = ["build_pipeline", "moves_by_stage", "quiet_libraries", "software"]
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def quiet_libraries(rank: int) -> None:
@@ -159,11 +158,11 @@ def _refuse_pickles(model_path: Path) -> None:
     """Refuse components whose weights come as pickles alone: reading those runs code from the file."""
     for folder in sorted(path for path in model_path.iterdir() if path.is_dir()):
         files = sorted(path.name for path in folder.iterdir() if path.is_file())
-        pickled = [name for name in files if name.endswith(_PICKLED)]
+        pickled = [name for name in files if name.endswith(PICKLED)]
         if pickled and not any(name.endswith(".safetensors") for name in files):
             raise UnsupportedError(
                 f"{folder} has its weights in {pickled[0]} only, and vaepp reads safetensors only; "
-                "save the model anew with save_pretrained(..., safe_serialization=True)"
+                f"{SAVE_ANEW}"
             )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import attrs
 
 from vaepp_sdk.errors import UserError
+from vaepp_sdk.headers import BrokenFileError, header_bytes
 from vaepp_sdk.text import clean, reason_of
 
 __all__ = [
@@ -35,7 +35,6 @@ FORMAT = 1
 
 _FILES = "latents-*.safetensors"
 _MAX_HEADER = 16 << 20
-_LENGTH = struct.Struct("<Q")
 _FIELDS = ("call", "first", "format", "images", "pipeline", "seed", "sha256", "software", "spec", "vae")
 
 
@@ -154,8 +153,7 @@ def _checked(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            header = _header(file.read(_LENGTH.size), file.read)
-            found = _meaning(header)
+            found = _meaning(header_bytes(file, _MAX_HEADER))
             body = hashlib.sha256()
             size = 0
             while chunk := file.read(1 << 20):
@@ -163,26 +161,12 @@ def _checked(path: Path) -> dict[str, Any]:
                 size += len(chunk)
     except OSError as error:
         raise UserError(f"{_name(path)} cannot be read: {reason_of(error)}") from error
-    except _BrokenError as error:
+    except BrokenFileError as error:
         raise UserError(f"{_name(path)} is no file of kept latents: {error}") from None
     whole = found["latents"]["data_offsets"] == [0, size]
     if not whole or body.hexdigest() != found["__metadata__"]["sha256"]:
         raise UserError(f"{_name(path)} is broken: its bytes are not those that were written")
     return found
-
-
-class _BrokenError(Exception):
-    """What is wrong with a header."""
-
-
-def _header(length: bytes, read: Any) -> bytes:
-    size = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
-    if not 2 <= size <= _MAX_HEADER:
-        raise _BrokenError("it does not begin as a safetensors file")
-    header: bytes = read(size)
-    if len(header) != size:
-        raise _BrokenError("it ends within its header")
-    return header
 
 
 def _meaning(header: bytes) -> dict[str, Any]:
@@ -194,14 +178,14 @@ def _meaning(header: bytes) -> dict[str, Any]:
         shape = tensor["shape"]
         whole = all(isinstance(side, int) and side > 0 for side in shape) and len(shape) > 1
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _BrokenError("its header does not say what made it") from None
+        raise BrokenFileError("its header does not say what made it") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise _BrokenError(f"it was not written in format {FORMAT}, which this version of vaepp reads")
+        raise BrokenFileError(f"it was not written in format {FORMAT}, which this version of vaepp reads")
     missing = [name for name in _FIELDS if name not in metadata]
     tables = all(isinstance(metadata.get(name), dict) for name in ("spec", "call", "vae"))
     numbers = all(_is_count(metadata.get(name)) for name in ("first", "images", "seed"))
     if missing or not tables or not numbers or not whole:
-        raise _BrokenError("its header is incomplete")
+        raise BrokenFileError("its header is incomplete")
     return {"__metadata__": metadata, "latents": tensor}
 
 

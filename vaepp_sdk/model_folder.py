@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,13 @@ from vaepp_sdk.errors import Fault, SpecError
 from vaepp_sdk.spec import ModelSpec
 from vaepp_sdk.text import clean, shown
 
-__all__ = ["ModelFolder", "fetch_weights", "open_model", "variant_faults"]
+__all__ = ["ModelFolder", "fetch_weights", "open_model"]
 
 _INDEX = "model_index.json"
 _MAX_JSON = 16 << 20
 _WANTED = ("json", "txt", "model", "jinja", "safetensors")
 # Copies of the same weights in another type, which are only wanted where the spec names a variant.
 _VARIANTS = ("fp16", "bf16", "fp32", "ema", "non_ema")
-_VARIANT_FILE = re.compile(r"[^.]+\.([A-Za-z0-9_-]+?)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @attrs.frozen
@@ -72,42 +70,16 @@ def open_model(model: ModelSpec) -> ModelFolder:
     return ModelFolder(path, name, tuple(pairs), settings)
 
 
-def variant_faults(model: ModelSpec, folder: ModelFolder) -> list[Fault]:
-    """A variant that no component has weights of; where some have them, the others use their plain ones.
-
-    Args:
-        model: the `[model]` table.
-        folder: a folder with weights in it.
-    """
-    if model.variant is None:
-        return []
-    there = set()
-    for component in folder.components:
-        for path in (folder.path / component).glob("*.safetensors"):
-            named = _VARIANT_FILE.fullmatch(path.name)
-            there |= {named[1]} if named else set()
-    if model.variant in there:
-        return []
-    found = f"the model has no safetensors files of {shown(model.variant)}"
-    fix = f"it has those of {', '.join(sorted(there))}; or leave it out" if there else "leave it out"
-    return [Fault("$.model.variant", found, fix)]
-
-
-def fetch_weights(model: ModelSpec, folder: ModelFolder) -> Path:
-    """Fetch the components from the hub, weights in safetensors only; a local folder is left as it is.
+def fetch_weights(model: ModelSpec, folder: ModelFolder) -> ModelFolder:
+    """Fetch the components from the hub, weights in safetensors only.
 
     Raises:
-        SpecError: the hub cannot give them, or none of the variant.
+        SpecError: the hub cannot give them.
     """
-    if model.folder is not None:
-        return folder.path
     wanted = [_INDEX, *(f"{name}/*.{end}" for name in folder.components for end in _WANTED)]
     skipped = [f"*.{variant}{sep}*" for variant in _VARIANTS for sep in ".-"]
     path = _snapshot(model, wanted, [] if model.variant else skipped)
-    faults = variant_faults(model, attrs.evolve(folder, path=path))
-    if faults:
-        raise SpecError(faults)
-    return path
+    return attrs.evolve(folder, path=path)
 
 
 def _snapshot(model: ModelSpec, wanted: Sequence[str], skipped: Sequence[str]) -> Path:

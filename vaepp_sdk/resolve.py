@@ -14,7 +14,7 @@ from vaepp_sdk.call_rules import CallRules
 from vaepp_sdk.dit_rules import dit_faults, dit_notices
 from vaepp_sdk.entries import PipelineEntry
 from vaepp_sdk.errors import Fault, PluginError, SpecError
-from vaepp_sdk.model_folder import ModelFolder, fetch_weights, open_model, variant_faults
+from vaepp_sdk.model_folder import ModelFolder, fetch_weights, open_model
 from vaepp_sdk.model_rules import model_faults, model_notices
 from vaepp_sdk.parallel.dims import ParallelDims
 from vaepp_sdk.registry import Registry
@@ -23,6 +23,7 @@ from vaepp_sdk.size_rules import read_sizes
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
 from vaepp_sdk.vae_rules import decide_vae, vae_faults
+from vaepp_sdk.weight_files import adapter_faults, weight_faults
 
 __all__ = ["Resolved", "resolve"]
 
@@ -108,7 +109,8 @@ def resolve(
     Args:
         spec: a loaded spec; it is checked once more, so that one built by hand is as safe.
         registry: the plugins.
-        decode_only: latents are there already: the sizes need not fit a transformer that is not loaded.
+        decode_only: latents are there already: the transformer and its adapters are not loaded, and neither
+            their sizes nor their files need to fit.
         upcoming: requests to come; they are checked too, as wholes.
 
     Raises:
@@ -125,20 +127,26 @@ def resolve(
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
         faults += vae_faults(spec.vae, size, entry, registry)
         faults += model_faults(spec.model, folder.pipeline_class, entry)
-        faults += variant_faults(spec.model, folder) if spec.model.folder is not None else []
+        faults += [] if decode_only else adapter_faults(spec.model.lora)
+        local = spec.model.folder is not None
+        faults += weight_faults(spec.model, folder, entry, decode_only=decode_only) if local else []
         faults += _call_faults(spec, rules)
         if upcoming is not None and not faults:
             faults += _upcoming_faults(upcoming, spec.call, rules)
         if faults:
             raise SpecError(faults)
-        model_path = fetch_weights(spec.model, folder)
+        if not local:
+            folder = fetch_weights(spec.model, folder)
+            faults = weight_faults(spec.model, folder, entry, decode_only=decode_only)
+        if faults:
+            raise SpecError(faults)
     except SpecError as error:
         raise SpecError(error.faults, spec.source) from error.__cause__
     decision = decide_vae(spec.vae, size, dims.dit_parallel_size, folder.pipeline_class, entry, registry)
     return Resolved(
         spec=spec,
         pipeline_class=folder.pipeline_class,
-        model_path=model_path,
+        model_path=folder.path,
         entry=entry,
         dims=dims,
         vae_size=decision.size,

@@ -309,6 +309,27 @@ def test_what_does_not_fit_is_refused(kept: tuple[Any, Path], tmp_path: Path) ->
         Pipeline.resume(mixed)
 
 
+@pytest.mark.usefixtures("inside")
+def test_adapters_that_are_gone_are_not_missed(tiny_model: Path, tmp_path: Path) -> None:
+    """What made the latents is still said in the picture."""
+    style = tmp_path / "style.safetensors"
+    factors = {"lora_A": torch.ones(1, 48), "lora_B": torch.ones(48, 1)}
+    save_file({f"transformer.layers.0.attention.to_q.{k}.weight": v for k, v in factors.items()}, style)
+    model = {"id": str(tiny_model), "dtype": "float32", "device": "cpu", "lora": [str(style)]}
+    output = {"dir": str(tmp_path / "out"), "keep_latents": True}
+    tables = {**alone(tiny_model, tmp_path, output=output), "model": model}
+    with Pipeline.from_spec(tables) as pipe:
+        result = pipe()
+    style.unlink()
+    with pytest.raises(SpecError, match=r"style\.safetensors: there is no such file"):
+        Pipeline.from_spec(tables)
+    again = Pipeline.resume(tmp_path / "out" / "run-0")
+    assert all(same(*pair) for pair in zip(again.images, result.images, strict=True))
+    with Image.open(again.files[0]) as saved:
+        held = json.loads(saved.text["vaepp"])  # type: ignore[attr-defined]
+    assert held["spec"]["model"]["lora"] == [{"path": "style.safetensors", "weight": 1.0}]
+
+
 def test_runs_at_once_have_folders_of_their_own(tmp_path: Path) -> None:
     one, other = LatentStore(tmp_path), LatentStore(tmp_path)
     (tmp_path / "run-6").mkdir()

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._paths import filter_repo_objects
-from spec_models import PIPELINE, model_folder, stand_in_registry
+from spec_models import NO_WEIGHTS, PIPELINE, model_folder, stand_in_registry
 
 from vaepp_sdk.errors import SpecError
 from vaepp_sdk.resolve import resolve
@@ -98,7 +98,7 @@ def test_a_variant_is_fetched_where_it_is_asked_for(hub: Hub) -> None:
     with pytest.raises(SpecError, match=r"model\.variant: the model has no safetensors files of \"fp16\""):
         resolve(hub_spec("model.variant=fp16"), REGISTRY)
     assert "transformer/model.fp16.safetensors" in hub.fetched(1, FILES)
-    (hub.folder / "transformer" / "model.fp16.safetensors").touch()
+    (hub.folder / "transformer" / "model.fp16.safetensors").write_bytes(NO_WEIGHTS)
     resolve(hub_spec("model.variant=fp16"), REGISTRY)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spec_models import PIPELINE, model_folder, stand_in_registry
+from spec_models import NO_WEIGHTS, PIPELINE, model_folder, stand_in_registry
 
 from vaepp_sdk.errors import PluginError, SpecError, UnsupportedError
 from vaepp_sdk.registry import Plugin, Registry, default_registry
@@ -304,7 +304,7 @@ def test_a_variant_that_a_folder_lacks(model: Path) -> None:
     assert refused(model, ["model.variant=fp16"]) == [f"{lacking}leave it out"]
     names = ("model.safetensors", "model.bf16.safetensors", "model.ema-00001-of-00002.safetensors")
     for name in (*names, "model-00001-of-00002.safetensors", "model.fp16.bin"):
-        (model / "vae" / name).touch()
+        (model / "vae" / name).write_bytes(NO_WEIGHTS)
     assert refused(model, ["model.variant=fp16"]) == [f"{lacking}it has those of bf16, ema; or leave it out"]
     for variant in ("bf16", "ema"):
         assert resolved(model, [f"model.variant={variant}"]).notices == ()
