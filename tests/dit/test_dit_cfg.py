@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,26 @@ def split_calls(rank: int) -> list[int]:
     with pytest.raises(UnsupportedError, match=r"of shape \(2, 3\) from"):
         _ = split(latents, 9), split(latents, 9)
     return seen.pop("broadcast")
+
+
+def half_a_step(split: CallSplit, fails: bool, seen: list[Any]) -> None:
+    """Make the first of a step's two calls only; notes the latents without holding them."""
+    latents = torch.ones(3)
+    seen.append(weakref.ref(latents))
+    with guided([SimpleNamespace(forward=split)], paired=True):
+        split(latents)
+        if fails:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["an error", "one call only"])
+def test_an_unfinished_step_keeps_no_latents(fails: bool) -> None:
+    split, seen = CallSplit(lambda x: (x * 2,), CALLS, Row(None, 0, 2)), list[Any]()
+    with pytest.raises(ZeroDivisionError if fails else UnsupportedError):
+        half_a_step(split, fails, seen)
+    gc.collect()  # frames of the error, which hold each other
+    assert seen[0]() is None
+    assert not split.paired
 
 
 def test_pictures_are_those_of_one_process(layered_model: Path, one_process: list[Made]) -> None:

@@ -157,6 +157,10 @@ def guided(models: Sequence[Any], paired: bool) -> Iterator[None]:
     splits = [model.forward for model in models if isinstance(model.forward, CallSplit)]
     for split in splits:
         split.begin(paired)
-    yield
-    for split in splits:
-        split.end()
+    try:
+        yield
+        for split in splits:
+            split.end()
+    finally:
+        for split in splits:
+            split.begin(paired=False)  # drops what a step that ended half way has
