@@ -47,6 +47,9 @@ def play(rank: int) -> dict[str, Any]:
     blocks = parallelize_vae(vae, group=group, size=1, strategy="shard", row_blocks=2)
     lone = blocks.decode(latents() if rank == 1 else torch.zeros_like(latents())).sample
     plain, told = said(lambda: parallelize_vae(vae, group=group, size=1, **idle))
+    small = latents()[..., :4, :4].contiguous()
+    quiet = said(lambda: everywhere.decode(latents()))[1]
+    times = [said(lambda: everywhere.decode(small))[1] for _ in range(2)]
     return {
         "all": torch.equal(everywhere.decode(latents()).sample, expected),
         "alone": torch.allclose(lone, whole, rtol=0, atol=2e-5 * whole.abs().max()),
@@ -54,6 +57,7 @@ def play(rank: int) -> dict[str, Any]:
         "twice": error_of(lambda: parallelize_vae(everywhere, group=group)),
         "timeouts": error_of(lambda: parallelize_vae(vae, group=group, timeout=timedelta(hours=rank))),
         "plain": plain is vae,
+        "one tile": [quiet, *times],
         "idle": told,
         "only first": said(lambda: parallelize_vae(vae, group=group, size=1, output="rank0"))[1],
     }
@@ -78,6 +82,14 @@ def test_what_takes_no_effect_on_one_rank_is_told_by_one(played: list[dict[str, 
     assert all(seen["plain"] for seen in played[1:])
     assert [seen["idle"] for seen in played[1:]] == [[f"strategy, output, tile_size take {why}"], []]
     assert [seen["only first"] for seen in played[1:]] == [[f"output takes {why}"], []]
+
+
+def test_a_picture_of_one_tile_is_said_to_leave_a_rank_idle_once_and_by_one(
+    played: list[dict[str, Any]],
+) -> None:
+    told = "decode of 4 x 4: strategy 'tile' makes 1 piece, so rank 1 has nothing to do"
+    fix = "smaller pieces, another strategy or fewer ranks for the VAE would suit this size"
+    assert [seen["one tile"] for seen in played[1:]] == [[[], [f"{told}; {fix}"], []], [[], [], []]]
 
 
 def test_where_there_is_one_rank_only_every_output_but_sharded_is_the_same() -> None:

@@ -96,6 +96,7 @@ class Descent:
     _settled: dict[tuple[VaeFacts, Work], tuple[Step, tuple[StepDown, ...]]] = attrs.field(
         factory=dict, init=False
     )
+    _idle_told: set[int] = attrs.field(factory=set, init=False)
 
     def run(self, adapter: VaeAdapter, direction: Direction, value: torch.Tensor) -> list[Landed]:
         """Decode or encode; returns what landed of each part of the batch.
@@ -116,9 +117,26 @@ class Descent:
             landed, failed = self._attempt(ladder, step, value, again=bool(tried))
             if not failed:
                 self._settled[key] = (step, self.steps)
+                self._tell_idle(step.plan)
                 return landed
             tried.append(step)
             step = self._lower(ladder, tried, failed)
+
+    def _tell_idle(self, plan: WorkPlan) -> None:
+        """Say that ranks had nothing to do, as where a picture is smaller than a tile; for so many once."""
+        idle = sorted(set(range(plan.work.ranks)) - {window.owner for window in plan.windows})
+        if self.group.rank or not idle or len(idle) in self._idle_told:
+            return
+        self._idle_told.add(len(idle))
+        pieces = f"{len(plan.windows)} piece{'s' if len(plan.windows) > 1 else ''}"
+        had = f"{_ranks(idle)} {'have' if len(idle) > 1 else 'has'} nothing to do"
+        sides = " x ".join(map(str, plan.work.shape[-2:]))
+        fix = "smaller pieces, another strategy or fewer ranks for the VAE would suit this size"
+        warnings.warn(
+            f"{plan.work.direction} of {sides}: strategy '{plan.strategy}' makes {pieces}, so {had}; {fix}",
+            VaeppWarning,
+            stacklevel=2,
+        )
 
     def _ladder(self, adapter: VaeAdapter, direction: Direction, value: torch.Tensor) -> Ladder:
         # What stays where it is need not be made smaller.
