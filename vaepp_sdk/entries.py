@@ -25,6 +25,7 @@ __all__ = [
     "ChainPlan",
     "ConflictRule",
     "DiTPlan",
+    "FactsRule",
     "LighterRule",
     "Option",
     "PickRule",
@@ -35,12 +36,19 @@ __all__ = [
     "SizeRule",
     "StrategyEntry",
     "TensorPlan",
+    "UnfitRule",
     "VaeEntry",
     "load_object",
 ]
 
 ConflictRule = Callable[[Mapping[str, Any]], tuple[str, str] | None]
 """Says why options cannot be set together, as what was found and what would work, or None."""
+
+FactsRule = Callable[[Mapping[str, Any]], "VaeFacts"]
+"""Reads a VAE's facts from its `config.json`, as they are before anybody changes a setting."""
+
+UnfitRule = Callable[[Mapping[str, Any], "VaeFacts"], tuple[str, str] | None]
+"""Says why a strategy's options do not fit a VAE, as what was found and what would work, or None."""
 
 LighterRule = Callable[[Mapping[str, Any], "VaeFacts", "Work"], Sequence["Rung"]]
 """Names the ways down from a strategy with these options: pure, from facts that every rank has."""
@@ -103,6 +111,9 @@ class StrategyEntry:
             validated it for; it joins the strategies their entries allow.
         conflict: the rule that says whether options, each of which is fine, go together. It is called before
             a rank starts, with the options as they were written, so it must not import torch.
+        unfit: the rule that says whether options fit a VAE, as `"module:attribute"`, or a callable. Where the
+            VAE's entry reads `facts` from its configuration, it is called before a rank starts, with the
+            options as they were written and these facts, so it must not import torch.
         lighter: the rule that names what to try, in this order, where a rank's memory is not enough, as
             `"module:attribute"`, or a callable. It is called with the options in use, the VAE's facts and the
             work, and returns `Rung`s; what cannot be planned, and what needs as much, is passed over. None:
@@ -117,6 +128,7 @@ class StrategyEntry:
     single_rank_options: tuple[str, ...] = attrs.field(default=(), validator=checks.declared_names)
     validated_for: tuple[str, ...] = ()
     conflict: ConflictRule | None = None
+    unfit: str | UnfitRule | None = attrs.field(default=None, validator=checks.reference)
     lighter: str | LighterRule | None = attrs.field(default=None, validator=checks.reference)
 
     def serves_one_rank(self, options: Mapping[str, Any]) -> bool:
@@ -134,12 +146,15 @@ class VaeEntry:
         adapter: the adapter's class as `"module:attribute"`, called with the VAE.
         strategies: the strategies validated for this class.
         pick: the rule behind `strategy = "auto"`.
+        facts: the rule that reads facts from `config.json`, so that options can be checked before the VAE is
+            loaded; only the pixels per latent and the tiles need be exact. None: options are checked then.
     """
 
     name: str
     adapter: str | Callable[..., Any] = attrs.field(validator=checks.reference)
     strategies: tuple[str, ...]
     pick: PickRule
+    facts: FactsRule | None = None
 
 
 @attrs.frozen(kw_only=True, field_transformer=checks.checked)

@@ -22,7 +22,7 @@ from vaepp_sdk.signature import CallSignature, pipeline_source, read_signature
 from vaepp_sdk.size_rules import read_sizes
 from vaepp_sdk.spec import LimitsSpec, PipelineSpec, VaeSpec
 from vaepp_sdk.spec.prompts import Upcoming
-from vaepp_sdk.vae_rules import decide_vae, vae_faults
+from vaepp_sdk.vae_rules import decide_vae, unfit_faults, vae_faults
 from vaepp_sdk.weight_files import adapter_faults, weight_faults
 
 __all__ = ["Resolved", "resolve"]
@@ -125,7 +125,8 @@ def resolve(
         rules = _call_rules(spec, folder.pipeline_class, entry, None if decode_only else folder)
         dims, size = spec.parallel.dims, spec.parallel.vae_patch_parallel_size
         faults = [] if decode_only else dit_faults(dims, folder, entry, registry)
-        faults += vae_faults(spec.vae, size, entry, registry)
+        wrong = vae_faults(spec.vae, size, entry, registry)
+        faults += wrong or unfit_faults(spec.vae, folder, entry, registry)
         faults += model_faults(spec.model, folder.pipeline_class, entry)
         faults += [] if decode_only else adapter_faults(spec.model.lora)
         local = spec.model.folder is not None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import attrs
 
-from vaepp_sdk.entries import PipelineEntry
+from vaepp_sdk.entries import PipelineEntry, load_object
 from vaepp_sdk.entry_checks import AUTO
-from vaepp_sdk.errors import Fault
+from vaepp_sdk.errors import Fault, PluginError
+from vaepp_sdk.model_folder import ModelFolder
 from vaepp_sdk.options import nearest, option_faults
 from vaepp_sdk.registry import Registry
 from vaepp_sdk.spec import VaeSpec
-from vaepp_sdk.text import shown
+from vaepp_sdk.text import shown, told
 
-__all__ = ["VaeDecision", "decide_vae", "serves_one_rank", "vae_faults"]
+__all__ = ["VaeDecision", "decide_vae", "serves_one_rank", "unfit_faults", "vae_faults"]
 
 
 @attrs.frozen
@@ -49,6 +50,33 @@ def vae_faults(vae: VaeSpec, size: int, entry: PipelineEntry | None, registry: R
         found = f"{shown(vae.strategy)} is not validated for {entry.name}"
         faults.append(Fault("$.vae.strategy", found, f"it must be one of {', '.join([AUTO, *allowed])}"))
     return faults
+
+
+def unfit_faults(
+    vae: VaeSpec, folder: ModelFolder, entry: PipelineEntry | None, registry: Registry
+) -> list[Fault]:
+    """Options, each of which is fine, that do not fit this model's VAE, as far as its configuration shows.
+
+    Raises:
+        SpecError: the VAE's `config.json` cannot be read.
+        PluginError: the strategy's rule `unfit` raised, or cannot be imported.
+    """
+    strategy = registry.strategies.get(vae.strategy)
+    served = registry.vaes.get(entry.vae) if entry is not None else None
+    rule = strategy.unfit if strategy is not None else None
+    read = served.facts if served is not None else None
+    if not vae.options or strategy is None or rule is None or read is None:
+        return []
+    try:
+        facts = read(folder.config("vae"))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return []  # what its configuration leaves out, the VAE itself knows once it is loaded
+    try:
+        unfit = load_object(rule, f"strategy {strategy.name!r}")(vae.options, facts)
+        return [Fault("$.vae.options", *map(str, unfit))] if unfit is not None else []
+    except Exception as error:
+        problem = f"its rule 'unfit' raised {told(error)}"
+        raise PluginError(f"for strategy {strategy.name}", problem) from error
 
 
 def decide_vae(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vaepp_plugins.rules import tile_or_patch
+from vaepp_plugins.vae_configs import kl_facts, qwen_image_facts, wan_facts
 from vaepp_sdk import VaeEntry, hookimpl
 from vaepp_sdk.entries import PickRule
 from vaepp_sdk.vae.facts import VaeFacts
@@ -54,8 +55,17 @@ _SHARDED = (
 """Those of them that `shard` was validated for."""
 
 
+_FACTS = {
+    "AutoencoderKL": kl_facts,
+    "AutoencoderKLFlux2": kl_facts,
+    "AutoencoderKLQwenImage": qwen_image_facts,
+    "AutoencoderKLWan": wan_facts,
+}
+"""What reads facts from a configuration, for the classes that pipelines on the allowlist have."""
+
+
 def _entry(name: str, adapter: str, strategies: tuple[str, ...], pick: PickRule = tile_or_patch) -> VaeEntry:
-    return VaeEntry(name=name, adapter=adapter, strategies=strategies, pick=pick)
+    return VaeEntry(name=name, adapter=adapter, strategies=strategies, pick=pick, facts=_FACTS.get(name))
 
 
 @hookimpl

@@ -11,7 +11,7 @@ VAEPP_API = 1
 
 
 def _tile_conflict(options: Mapping[str, Any]) -> tuple[str, str] | None:
-    """See `StrategyEntry.conflict`: what else may be wrong with tiles, only the VAE can tell."""
+    """See `StrategyEntry.conflict`: what else may be wrong with tiles depends on the VAE."""
     if options.get("tile_overlap_factor") == 1:
         return "tile_overlap_factor is 1", "it must be below 1: tiles have to advance"
     return None
@@ -40,6 +40,7 @@ _ENTRY = StrategyEntry(
     ),
     uses_tiling=True,
     conflict=_tile_conflict,
+    unfit="vaepp_strategies.tile_geometry:unfit",
     lighter="vaepp_strategies.lighter:below_tile",
 )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 
@@ -11,7 +12,7 @@ from vaepp_sdk.errors import UnsupportedError
 from vaepp_sdk.vae.facts import TileGrid, VaeFacts
 from vaepp_sdk.vae.plan import Work
 
-__all__ = ["Span", "check_advance", "lay_frames", "lay_tiles", "replaced_facts"]
+__all__ = ["Span", "check_geometry", "lay_frames", "lay_tiles", "replaced_facts", "unfit"]
 
 
 @attrs.frozen
@@ -35,6 +36,28 @@ class Span:
     place: int
     blend: int
     skip: int = 0
+
+
+def check_geometry(facts: VaeFacts, tile_size: int | None, overlap: float | None) -> None:
+    """Refuse another tile geometry that does not fit a VAE; see `replaced_facts`.
+
+    Raises:
+        UnsupportedError: it does not, or its tiles do not advance.
+    """
+    grid = replaced_facts(facts, tile_size, overlap).decode_tiles
+    if grid is not None and (tile_size or overlap):
+        check_advance(grid, 0)
+        check_advance(grid, 1)
+
+
+def unfit(options: Mapping[str, Any], facts: VaeFacts) -> tuple[str, str] | None:
+    """See `StrategyEntry.unfit`."""
+    try:
+        check_geometry(facts, options.get("tile_size"), options.get("tile_overlap_factor"))
+    except UnsupportedError as error:
+        found, _, fix = str(error).partition("; ")
+        return found, fix
+    return None
 
 
 def replaced_facts(facts: VaeFacts, tile_size: int | None, overlap: float | None) -> VaeFacts:

@@ -12,7 +12,7 @@ from vaepp_sdk.vae.facts import VaeFacts
 from vaepp_sdk.vae.landing import Landed, land
 from vaepp_sdk.vae.plan import Window, Work
 from vaepp_strategies.blend import blend_into
-from vaepp_strategies.tile_geometry import check_advance, replaced_facts
+from vaepp_strategies.tile_geometry import check_geometry, replaced_facts
 from vaepp_strategies.tile_plan import Seam, TilePlan, plan_tiles
 
 __all__ = ["TileStrategy"]
@@ -42,10 +42,7 @@ class TileStrategy:
 
     def check(self, adapter: VaeAdapter) -> None:
         """See `Strategy.check`: tiles need nothing of a VAE's layers; what was asked of them must fit it."""
-        facts = replaced_facts(adapter.facts(), self._tile_size, self._overlap)
-        if facts.decode_tiles is not None and (self._tile_size or self._overlap):
-            check_advance(facts.decode_tiles, 0)
-            check_advance(facts.decode_tiles, 1)
+        check_geometry(adapter.facts(), self._tile_size, self._overlap)
 
     def decode(self, adapter: VaeAdapter, latent: torch.Tensor, group: VaeGroup, plan: TilePlan) -> Landed:
         """See `Strategy.decode`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,71 @@ def test_options_that_exclude_one_another(
     assert str(fault).startswith(f"$.vae.options: {told}")
 
 
+KL = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "out_channels": 3,
+}
+"""The VAE of Z-Image and FLUX.1."""
+
+WAN = {
+    "_class_name": "AutoencoderKLWan",
+    "out_channels": 3,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+    "z_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tile_size": 7}, "tile_size is 7; it must be a positive multiple of 8, .*; nearest: 8$"),
+        ({"tile_size": 500}, "tile_size is 500; it must be .*; nearest: 496$"),
+        ({"tile_size": 8, "tile_overlap_factor": 0.5}, "tiles of 1 .* advance"),
+        ({"tile_overlap_factor": 0.995}, "tiles of 128 .* advance"),
+        ({"tile_overlap_factor": 0.3}, r"do not advance by whole latents; tile_overlap_factor = 0\.30"),
+        ({"tile_size": 512}, ""),
+        ({"tile_overlap_factor": 0.5}, ""),
+    ],
+)
+def test_options_that_do_not_fit_the_models_vae(options: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """Read from its configuration, so `--check` says so too."""
+    vae = {"strategy": "tile", "options": options}
+    model = model_folder(tmp_path / "m", vae=KL)
+    if not told:
+        assert resolved(model, registry=default_registry(), vae=vae).spec.vae.options == options
+        return
+    with pytest.raises(SpecError, match=r"\$\.vae\.options: ") as caught:
+        resolved(model, registry=default_registry(), vae=vae)
+    assert re.search(told, str(caught.value.faults[0]))
+
+
+def test_a_class_whose_tiles_have_no_such_options(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "m", "WanPipeline", {"patch_size": [1, 2, 2]}, WAN)
+    vae = {"strategy": "tile"}
+    with pytest.raises(SpecError, match=r"AutoencoderKLWan has no overlap factor; leave the options out"):
+        resolved(model, registry=default_registry(), vae={**vae, "options": {"tile_size": 128}})
+    resolved(model, registry=default_registry(), vae=vae)
+
+
+def test_what_a_configuration_leaves_out_only_the_vae_can_tell(model: Path) -> None:
+    vae = {"strategy": "tile", "options": {"tile_size": 7}}
+    assert resolved(model, registry=default_registry(), vae=vae).spec.vae.options == {"tile_size": 7}
+
+
 def test_a_strategys_rule_that_raises_is_the_plugins_fault(model: Path) -> None:
     registry = stand_in_registry()
     broken = attrs.evolve(registry.strategies["bands"], conflict=lambda options: options["no such"])
     registry._strategies.entries["bands"] = broken
     with pytest.raises(PluginError, match=r"plugin for strategy bands: its rule 'conflict' raised KeyError"):
         resolved(model, registry=registry, vae={"strategy": "bands"})
+    registry = default_registry()
+    broken = attrs.evolve(registry.strategies["tile"], unfit=lambda options, _: options["no such"])
+    model = model_folder(model.parent / "kl", vae=KL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._strategies.entries, "tile", broken)
+        with pytest.raises(PluginError, match=r"strategy tile: its rule 'unfit' raised KeyError"):
+            resolved(model, registry=registry, vae={"strategy": "tile", "options": {"tile_size": 64}})

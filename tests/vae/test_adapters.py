@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +11,7 @@ import attrs
 import pytest
 import torch
 from counted import counted
+from vae_models import tiny_flux2, tiny_kl
 from vae_zoo import ZOO, build
 from vaepp_strategies import tile_plan
 from vaepp_strategies.tile_plan import plan_tiles
@@ -358,3 +359,22 @@ def test_ratios_that_are_not_those_of_the_layers_are_refused() -> None:
     vae.spatial_compression_ratio = 64
     with pytest.raises(UnsupportedError, match=r"declares 64 pixels and 8 .* spatial_compression_ratio=32"):
         adapter_of(LTX2, vae)
+
+
+@pytest.mark.parametrize("made", ["kl", "kl sides", "flux2", WAN, WAN22, QWEN])
+def test_facts_read_from_a_configuration_are_those_of_the_vae(made: str) -> None:
+    """As far as options are checked against them before the VAE is loaded."""
+    sides: Any = [96, 96]
+    builders: dict[str, Callable[[], Any]] = {
+        "kl": partial(tiny_kl, sample_size=80),
+        "kl sides": partial(tiny_kl, sample_size=sides),
+        "flux2": tiny_flux2,
+    }
+    vae = builders.get(made, partial(build, made))()
+    entry = default_registry().vae(type(vae))
+    assert entry.facts is not None
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    found, facts = entry.facts(config), load_object(entry.adapter, made)(vae).facts()
+    for name in ("vae_class", "spatial_ratio", "latent_channels", "picture_channels", "decode_tiles"):
+        assert getattr(found, name) == getattr(facts, name), name
+    assert found.encode_tiles in (None, facts.encode_tiles)
