@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # beside it. A unit is a module or a package of vaepp_sdk; the longest name that fits counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "markers", "text"),
-    ("entry_checks", "headers"),
+    ("entry_checks", "headers", "rules"),
     ("entries", "events", "kept", "nonfinite", "parallel.dims"),
     ("hookspecs", "options"),
     ("registry", "spec"),

@@ -7,17 +7,14 @@ entry must name code that imports torch, it names it as `"package.module:attribu
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import attrs
 
 from vaepp_sdk import entry_checks as checks
 from vaepp_sdk.errors import PluginError
-
-if TYPE_CHECKING:
-    from vaepp_sdk.vae.facts import VaeFacts
-    from vaepp_sdk.vae.plan import Work
+from vaepp_sdk.rules import ConflictRule, FactsRule, LighterRule, PickRule, UnfitRule
 
 __all__ = [
     "BatchPlan",
@@ -40,21 +37,6 @@ __all__ = [
     "VaeEntry",
     "load_object",
 ]
-
-ConflictRule = Callable[[Mapping[str, Any]], tuple[str, str] | None]
-"""Says why options cannot be set together, as what was found and what would work, or None."""
-
-FactsRule = Callable[[Mapping[str, Any]], "VaeFacts"]
-"""Reads a VAE's facts from its `config.json`, as they are before anybody changes a setting."""
-
-UnfitRule = Callable[[Mapping[str, Any], "VaeFacts"], tuple[str, str] | None]
-"""Says why a strategy's options do not fit a VAE, as what was found and what would work, or None."""
-
-LighterRule = Callable[[Mapping[str, Any], "VaeFacts", "Work"], Sequence["Rung"]]
-"""Names the ways down from a strategy with these options: pure, from facts that every rank has."""
-
-PickRule = Callable[["VaeFacts", "Work"], str]
-"""Chooses a strategy by name for one piece of work, from facts that every rank has."""
 
 
 @attrs.frozen(kw_only=True, field_transformer=checks.checked)

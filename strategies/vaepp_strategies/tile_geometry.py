@@ -46,8 +46,8 @@ def check_geometry(facts: VaeFacts, tile_size: int | None, overlap: float | None
     """
     grid = replaced_facts(facts, tile_size, overlap).decode_tiles
     if grid is not None and (tile_size or overlap):
-        check_advance(grid, 0)
-        check_advance(grid, 1)
+        _check_advance(grid, 0)
+        _check_advance(grid, 1)
 
 
 def unfit(options: Mapping[str, Any], facts: VaeFacts) -> tuple[str, str] | None:
@@ -173,7 +173,7 @@ def lay_tiles(facts: VaeFacts, work: Work) -> tuple[tuple[Span, ...], tuple[Span
     return rows, columns
 
 
-def check_advance(grid: TileGrid, axis: int) -> None:
+def _check_advance(grid: TileGrid, axis: int) -> None:
     """Refuse tiles that do not advance along an axis.
 
     Raises:
@@ -191,7 +191,7 @@ def _axis(facts: VaeFacts, work: Work, grid: TileGrid, axis: int, fires: bool) -
     if not fires:
         size = facts.out_length(work.direction, side)
         return (Span(0, side, size, size, 0, 0),)
-    check_advance(grid, axis)
+    _check_advance(grid, axis)
     tile, step = grid.tile[axis], grid.step[axis]
 
     def out(length: int) -> int:
