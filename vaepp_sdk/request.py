@@ -61,7 +61,7 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
 
     Args:
         resolved: what runs.
-        overrides: arguments that replace those of `[call]`.
+        overrides: arguments that replace those of `[call]`; None leaves one to the pipeline.
         number: the request's number.
         save: whether its pictures are saved.
 
@@ -72,5 +72,7 @@ def make_request(resolved: Resolved, overrides: Mapping[str, Any], number: int, 
     faults = resolved.call_rules.request_faults(call)
     if faults:
         raise SpecError(faults, f"request {number}")
+    # None stands for the pipeline's default, which is often another value and cannot be None.
+    call = {key: value for key, value in call.items() if value is not None}
     seed = call.pop("seed", None)
     return Request(number, copied(call), secrets.randbelow(_DRAWN_SEEDS) if seed is None else seed, save)

@@ -108,7 +108,10 @@ def read_signature(class_name: str, source: Path) -> CallSignature | None:
 
 
 def signature_faults(signature: CallSignature, call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
-    """Every fault in call arguments against the signature; `seed` is vaepp's own and always fine."""
+    """Every fault in call arguments against the signature; `seed` is vaepp's own and always fine.
+
+    None is fine for any argument that there is: it stands for the pipeline's default.
+    """
     faults = []
     for key, value in call.items():
         where = key_path(path, key)
@@ -123,7 +126,7 @@ def signature_faults(signature: CallSignature, call: Mapping[str, Any], path: st
             faults.append(Fault(where, problem, nearest(str(key)[:100], signature.writable)))
         elif parameter.kind is None:
             faults.append(Fault(where, "it takes an object that no spec can write", "leave it out"))
-        elif not parameter.kind.accepts(value):
+        elif value is not None and not parameter.kind.accepts(value):
             faults.append(Fault(where, f"found {shown(value)}", f"it must be {parameter.kind}"))
     return faults
 

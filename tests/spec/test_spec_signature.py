@@ -77,7 +77,7 @@ def read(name: str, module: str | None = None) -> CallSignature:
 
 GOOD: dict[str, list[Any]] = {
     "prompt": ["a", ["a", "b"], None],
-    "count": [1],
+    "count": [None, 1],
     "scale": [1.5, 1],
     "flag": [True],
     "sizes": [1, [1, 2], None],
@@ -91,7 +91,7 @@ GOOD: dict[str, list[Any]] = {
 }
 BAD: dict[str, list[Any]] = {
     "prompt": [1, [1], True],
-    "count": [1.0, "1", True, None],
+    "count": [1.0, "1", True],
     "scale": ["1.5", False, [1.0]],
     "flag": [1, 0, "true"],
     "sizes": [1.5, ["1"], True],

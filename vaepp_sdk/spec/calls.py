@@ -79,9 +79,11 @@ def each_prompt(call: Mapping[str, Any]) -> int:
 
 
 def call_faults(call: Mapping[str, Any], path: str = "$.call") -> list[Fault]:
-    """Every fault in call arguments that can be seen without the pipeline."""
+    """Every fault in call arguments that can be seen without the pipeline; None leaves one to it."""
     faults = []
     for key, value in call.items():
+        if value is None:
+            continue
         where = key_path(path, key)
         common = COMMON.get(key)
         if common is not None and not common.kind.accepts(value):
