@@ -16,7 +16,6 @@ from vaepp_sdk import (
     UnsupportedError,
     UserError,
     VaeEntry,
-    VaeppWarning,
     hookimpl,
 )
 from vaepp_sdk.entries import PipelineEntry, load_object
@@ -308,42 +307,6 @@ def test_hook_calls_can_be_traced(
     monkeypatch.setenv("VAEPP_PLUGINS_TRACE", "true")
     with pytest.raises(UserError, match='VAEPP_PLUGINS_TRACE is "true"; it must be 1'):
         Registry.load()
-
-
-def test_an_observer_that_fails_is_dropped_with_one_warning() -> None:
-    told: list[str] = []
-
-    def broken(event: StageStart) -> None:
-        told.append("broken")
-        raise ValueError("no disk")
-
-    def sound(event: StageStart) -> None:
-        told.append("sound")
-
-    def ends(event: StageEnd) -> None:
-        told.append("end")
-
-    broken.__name__ = sound.__name__ = "vaepp_on_stage_start"
-    ends.__name__ = "vaepp_on_stage_end"
-    registry = registry_of(module(broken), module(sound, ends))
-    with pytest.warns(VaeppWarning, match=r"'p0': vaepp_on_stage_start raised ValueError: no disk") as record:
-        registry.stage_start(START)
-    assert len(record) == 1
-    registry.stage_start(START)
-    registry.stage_end(END)
-    assert told.count("broken") == 1
-    assert told.count("sound") == 2
-    assert told.count("end") == 1
-
-
-def test_what_a_dropped_observer_registered_stays() -> None:
-    def vaepp_on_stage_start(event: StageStart) -> None:
-        raise ValueError
-
-    registry = registry_of(module(vaepp_on_stage_start, strategies(strategy("a"))))
-    with pytest.warns(VaeppWarning):
-        registry.stage_start(START)
-    assert set(registry.strategies) == {"a"}
 
 
 class V:

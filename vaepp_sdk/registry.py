@@ -12,6 +12,7 @@ environment variables choose plugins, each a comma-separated list of entry-point
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import warnings
@@ -212,7 +213,9 @@ class Registry:
         """Call one hook of one plugin, so that what it registers is known to be its own."""
         register: Callable[[Any], None] = functools.partial(shelf.add, plugin=plugin)
         try:
-            self._caller(hook, plugin.name)(register=register)
+            made = _run(self._caller(hook, plugin.name)(register=register))
+            if made:
+                raise TypeError(f"it returns {shown(made[0])}; call register(entry) for each entry instead")
         except PluginError:
             raise
         except (Exception, SystemExit) as error:
@@ -226,7 +229,7 @@ class Registry:
         """Call every plugin's observer alone: one that raises is named, dropped, and the run goes on."""
         for name, _ in self._manager.list_name_plugin():
             try:
-                self._caller(hook, name)(event=event)
+                _run(self._caller(hook, name)(event=event))
             except Exception as error:
                 self._manager.unregister(name=name)
                 problem = f"{hook} raised {told(error)}"
@@ -275,6 +278,20 @@ def _names(variable: str) -> set[str]:
 
 def _distribution(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+
+
+def _run(values: list[Any]) -> list[Any]:
+    """What hooks return, but for what nobody runs.
+
+    Raises:
+        TypeError: a hook is a coroutine or a generator, so nothing of it was carried out.
+    """
+    for value in values:
+        if inspect.iscoroutine(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+            if inspect.iscoroutine(value):
+                value.close()  # else Python warns of it, with a line of ours
+            raise TypeError(f"it makes a {type(value).__name__}, which nobody runs; write a plain function")
+    return values
 
 
 def _check_api(plugin: Plugin, module: object) -> None:
