@@ -163,6 +163,7 @@ class PeerError(RunError):
         self.rank = rank
         self.peers = tuple(peers)
         self.what = what
+        self.cause = cause
         names = ", ".join(str(peer) for peer in self.peers)
         noun = "rank" if len(self.peers) == 1 else "ranks"
         super().__init__(f"rank {rank} waited for {noun} {names} ({what}): {cause}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vaepp_sdk.errors import RunError, UnsupportedError, VaeppError
+from vaepp_sdk.errors import PeerError, RunError, UnsupportedError, VaeppError
 from vaepp_sdk.runtime.board import Board
 from vaepp_sdk.runtime.inplace import Launch
 from vaepp_sdk.runtime.job import Job
@@ -134,3 +134,27 @@ def test_a_rank_that_is_stuck_when_the_job_is_over_ends_itself() -> None:
     with pytest.raises(RankFailedError, match="rank 1 died without a word"):
         run_ranks(2, _stuck_where_no_limit_is_near)
     assert time.monotonic() - begun < 50  # before rank 0 leaves
+
+
+def _nobody_comes_to_a_gate(rank: int) -> str:
+    engine = joined(rank, 2)
+    engine.start()
+    work = engine._work
+    assert work is not None
+
+    def wait(request: Mapping[str, Any]) -> Answer:
+        raise PeerError(0, [1], "before decoding", "not there after 9 s")
+
+    work.run = wait  # type: ignore[method-assign]
+    if rank == 0:
+        return error_of(lambda: engine.run({"seed": 0}))
+    engine._board.post("request 1", {"seed": 0})
+    time.sleep(6)  # longer than rank 0 listens, and with a pulse
+    return ""
+
+
+def test_a_rank_that_was_waited_for_in_vain_is_named_with_stage_and_gate() -> None:
+    assert run_ranks(2, _nobody_comes_to_a_gate)[0] == (
+        "PeerError: rank 0 waited for rank 1 (stage request, before decoding): not there after 9 s; it is "
+        "gone or stuck, which its launcher may explain"
+    )

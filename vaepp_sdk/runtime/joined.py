@@ -187,7 +187,7 @@ class JoinedRank:
                     hush()
                 return first.error()
         if mine.kind == "peer":
-            return self._lost(mine, found)
+            return self._lost(error, mine, found)
         return error if isinstance(error, UserError) else mine.error()
 
     def _post(self, record: ErrorRecord) -> None:
@@ -196,12 +196,17 @@ class JoinedRank:
         if record.kind != "user":  # what one rank refuses, the others may come to refuse as well, and stay
             self._board.end(self._part)
 
-    def _lost(self, mine: ErrorRecord, found: Mapping[int, Any]) -> PeerError:
+    def _lost(self, error: Exception, mine: ErrorRecord, found: Mapping[int, Any]) -> PeerError:
         """Other ranks broke a wait and none says why: those that say nothing at all are gone."""
         silent = [rank for rank in range(self._launch.world_size) if rank not in found]
+        stage, hint = f"stage {mine.stage}", "which its launcher may explain"
+        if isinstance(error, PeerError):
+            cause = f"{error.cause}; it is gone or stuck, {hint}"
+            return PeerError(mine.rank, silent or error.peers, f"{stage}, {error.what}", cause)
         peers = silent or [rank for rank in range(self._launch.world_size) if rank != mine.rank]
-        cause = f"a rank or a node is gone or stuck, which its launcher may explain ({_plain(mine)})"
-        return PeerError(mine.rank, peers, f"stage {mine.stage}", cause)
+        return PeerError(
+            mine.rank, peers, stage, f"a rank or a node is gone or stuck, {hint} ({_plain(mine)})"
+        )
 
     def _watched(self) -> contextlib.AbstractContextManager[None]:
         """Watch this rank while it does its part."""
