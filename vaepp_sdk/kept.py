@@ -152,6 +152,8 @@ def _checked(path: Path) -> dict[str, Any]:
         UserError: it is not, or is no file of kept latents.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise BrokenFileError("it is no regular file")
         with path.open("rb") as file:
             found = _meaning(header_bytes(file, _MAX_HEADER))
             body = hashlib.sha256()

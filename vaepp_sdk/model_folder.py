@@ -136,6 +136,8 @@ def _hub_fix(model: ModelSpec) -> str:
 def _read_json(path: Path) -> Mapping[str, Any]:
     shown_path = clean(str(path), 200)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device has no end
+            raise _refused(f"{shown_path} is no regular file", "give a complete model folder")
         if path.stat().st_size > _MAX_JSON:
             raise _refused(f"{shown_path} is larger than {_MAX_JSON >> 20} MiB", "give the model's own file")
         found = json.loads(path.read_text(encoding="utf-8"))

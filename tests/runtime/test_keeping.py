@@ -266,6 +266,11 @@ def endless(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
 
 
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def newer(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 2', 1))
 
@@ -278,11 +283,22 @@ def newer(path: Path) -> None:
         (foreign, "its header does not say what made it"),
         (headless, "does not begin as a safetensors file"),
         (endless, "does not begin as a safetensors file"),
+        (piped, "it is no regular file"),
         (newer, "not written in format 1"),
         (Path.unlink, r"lacks the latents of pictures \[0\] of 2"),
         (lambda path: path.write_bytes(b""), "does not begin"),
     ],
-    ids=["truncated", "a bit flipped", "foreign", "no header", "endless header", "newer", "missing", "empty"],
+    ids=[
+        "truncated",
+        "a bit flipped",
+        "foreign",
+        "no header",
+        "endless header",
+        "a pipe",
+        "newer",
+        "missing",
+        "empty",
+    ],
 )
 def test_a_broken_file_is_refused_before_anything_starts(
     kept: tuple[Any, Path], tmp_path: Path, spoil: Callable[[Path], None], message: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,14 @@ def test_folders_that_are_no_model(files: dict[str, str], found: str, tmp_path: 
     assert faults[0].startswith("$.model.id: ")
     assert found in faults[0]
     assert faults[0].isprintable()
+
+
+def test_a_pipe_is_not_waited_for(model: Path) -> None:
+    config = model / "transformer" / "config.json"
+    config.unlink()
+    os.mkfifo(config)
+    told = f"$.model.id: {config} is no regular file; give a complete model folder"
+    assert told in refused(model, parallel=sizes(2, 1))
 
 
 def test_an_entry_whose_module_is_missing_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
