@@ -87,7 +87,7 @@ def test_what_takes_no_effect_on_one_rank_is_told_by_one(played: list[dict[str, 
 def test_a_picture_of_one_tile_is_said_to_leave_a_rank_idle_once_and_by_one(
     played: list[dict[str, Any]],
 ) -> None:
-    told = "decode of 4 x 4: strategy 'tile' makes 1 piece, so rank 1 has nothing to do"
+    told = "decode of 4 x 4 latents: strategy 'tile' makes 1 piece, so rank 1 has nothing to do"
     fix = "smaller pieces, another strategy or fewer ranks for the VAE would suit this size"
     assert [seen["one tile"] for seen in played[1:]] == [[[], [f"{told}; {fix}"], []], [[], [], []]]
 

@@ -130,10 +130,11 @@ class Descent:
         self._idle_told.add(len(idle))
         pieces = f"{len(plan.windows)} piece{'s' if len(plan.windows) > 1 else ''}"
         had = f"{_ranks(idle)} {'have' if len(idle) > 1 else 'has'} nothing to do"
-        sides = " x ".join(map(str, plan.work.shape[-2:]))
+        unit = "latents" if plan.work.direction == "decode" else "pixels"
+        size = f"{plan.work.shape[-2]} x {plan.work.shape[-1]} {unit}"
         fix = "smaller pieces, another strategy or fewer ranks for the VAE would suit this size"
         warnings.warn(
-            f"{plan.work.direction} of {sides}: strategy '{plan.strategy}' makes {pieces}, so {had}; {fix}",
+            f"{plan.work.direction} of {size}: strategy '{plan.strategy}' makes {pieces}, so {had}; {fix}",
             VaeppWarning,
             stacklevel=2,
         )
