@@ -97,6 +97,20 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
         PipelineSpec.load({**TABLES, "output": {"dir": str(tmp_path / "loop" / "x")}})
 
 
+def test_a_checkpoint_of_one_file_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd3.safetensors").touch()
+    (tmp_path / "name").touch()
+    with pytest.raises(
+        SpecError, match=r'found "sd3\.safetensors", which is one file; write .*diffusers'
+    ):
+        PipelineSpec.load({"model": {"id": "sd3.safetensors"}})
+    assert PipelineSpec.load({"model": {"id": "name"}}).model.id == "name"
+    assert PipelineSpec.load({"model": {"id": "other.safetensors"}}).model.id == "other.safetensors"
+
+
 @pytest.mark.parametrize("text", ["name", "org/name", "Tongyi-MAI/Z-Image-Turbo", "a.b_c-d/e.f", "x"])
 def test_hub_ids(text: str) -> None:
     model = PipelineSpec.load({"model": {"id": text}}).model

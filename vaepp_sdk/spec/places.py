@@ -14,6 +14,8 @@ __all__ = ["absolute_place", "model_place", "output_place"]
 _HUB_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _HUB_LENGTH = 96
 _MAX_NAME = 255
+_ONE_FILE = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth")
+"""How checkpoints end that hold a whole model in one file, which other programs take."""
 _HUB_FIX = "write a hub id, name or org/name, or the path of a folder, as in ./my-model"
 
 
@@ -44,6 +46,8 @@ def model_place(text: str, base: Path) -> str:
     if looks_local:
         problem = "is no folder" if os.path.lexists(folder) else "does not exist"
         raise RefusedError(f"found {shown(text)}, and {clean(str(folder), 200)} {problem}", _HUB_FIX)
+    if folder.suffix in _ONE_FILE and os.path.isfile(folder):  # noqa: PTH113 - as above
+        raise RefusedError(f"found {shown(text)}, which is one file", f"{_HUB_FIX}, in diffusers format")
     if not _is_hub_id(text):
         raise RefusedError(f"found {shown(text)}", _HUB_FIX)
     return text
