@@ -103,9 +103,7 @@ def test_a_checkpoint_of_one_file_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sd3.safetensors").touch()
     (tmp_path / "name").touch()
-    with pytest.raises(
-        SpecError, match=r'found "sd3\.safetensors", which is one file; write .*diffusers'
-    ):
+    with pytest.raises(SpecError, match=r'found "sd3\.safetensors", which is one file; write .*diffusers'):
         PipelineSpec.load({"model": {"id": "sd3.safetensors"}})
     assert PipelineSpec.load({"model": {"id": "name"}}).model.id == "name"
     assert PipelineSpec.load({"model": {"id": "other.safetensors"}}).model.id == "other.safetensors"
