@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 from vaepp_sdk.errors import PeerError, RankError, UnsupportedError, VaeppWarning
 from vaepp_sdk.events import Progress
 from vaepp_sdk.executor import Executor
+from vaepp_sdk.registry import default_registry
 from vaepp_sdk.resolve import Resolved
 from vaepp_sdk.testing import run_ranks
 from vaepp_sdk.vae.wrapper import ParallelVAE
@@ -209,12 +210,16 @@ def short_of_memory(module: Any, arguments: tuple[Any, ...]) -> None:
 
 
 def refused_while_loading(model: str) -> str:
-    """What is said of tiles that the VAE does not have, before anything is denoised."""
-    resolved = resolved_for(
-        model,
-        parallel={"tensor_parallel_size": 2, "vae_patch_parallel_size": 2},
-        vae={"strategy": "tile", "options": {"tile_size": 20}},
-    )
+    """What is said, before anything is denoised, of tiles that only the loaded VAE shows not to fit."""
+    registry = default_registry()
+    entry = registry._vaes.entries["AutoencoderKL"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._vaes.entries, entry.name, attrs.evolve(entry, facts=None))
+        resolved = resolved_for(
+            model,
+            parallel={"tensor_parallel_size": 2, "vae_patch_parallel_size": 2},
+            vae={"strategy": "tile", "options": {"tile_size": 20}},
+        )
     try:
         loaded(resolved)
     except UnsupportedError as error:
