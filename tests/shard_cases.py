@@ -182,7 +182,7 @@ def run_case(rank: int, case: Case, expected: Expected) -> dict[str, Any]:
 
 def reused(case: Case, seen: Counted) -> bool:
     """Whether buffers served more than one message each, where messages are many and bands stay home."""
-    few = len(seen.direct) < 40 or case.options.get("deterministic") == "reference"
+    few = len(seen.direct) < 50 or case.options.get("deterministic") == "reference"
     # Sums of linear attention are tiny, and each has memory of its own: many, where there are many bands.
     few = few or (case.vae == "dc" and "row_blocks" in case.options)
     return few or 2 * seen.buffers < len(seen.direct)

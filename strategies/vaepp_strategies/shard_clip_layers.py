@@ -33,7 +33,9 @@ from vaepp_strategies.layers.clip_attention import (
     band_frame_attention,
 )
 from vaepp_strategies.layers.clip_conv import CLIP_LAYERS, band_clip_convolution, clip_convolution
+from vaepp_strategies.layers.guided_norm import band_guided_decoder, band_guided_norm
 from vaepp_strategies.layers.inspect import Check
+from vaepp_strategies.layers.modulated import band_modulated_residual
 from vaepp_strategies.layers.reach import NO_ROWS, Reach
 from vaepp_strategies.layers.resample import band_clip_upsample, band_pad
 from vaepp_strategies.shard_steps import ShardStep
@@ -160,10 +162,16 @@ def clip_forward(layer: Any, name: str, bands: Bands, step: ShardStep | None, gi
         return band_clip_upsample(layer, bands, reach, name)
     if isinstance(layer, hunyuan.HunyuanVideoMidBlock3D):
         return _mid_block(layer)
+    if isinstance(layer, ltx.LTXVideoResnetBlock3d):
+        return band_modulated_residual(layer, bands)
+    if isinstance(layer, cog.CogVideoXDecoder3D):
+        return band_guided_decoder(layer, bands, name)
     if step is None:
         return None
     if isinstance(layer, mochi.MochiChunkedGroupNorm3D):
-        return band_frame_norm(layer.norm_layer, bands, step.scale)
+        return band_frame_norm(layer.norm_layer, bands, reach, step.scale)
+    if isinstance(layer, cog.CogVideoXSpatialNorm3D):
+        return band_guided_norm(layer, bands, reach, step.scale)
     if isinstance(layer, (wan.WanAttentionBlock, qwen.QwenImageAttentionBlock)):
         return band_frame_attention(layer, bands, step.scale)
     if isinstance(layer, hunyuan15.HunyuanVideo15AttnBlock):

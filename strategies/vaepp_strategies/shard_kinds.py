@@ -17,6 +17,7 @@ __all__ = [
     "HOLDING_CONVOLUTIONS",
     "INTERPOLATING",
     "MASKED_ATTENTION",
+    "MODULATED",
     "PADDING_DOWNSAMPLES",
     "PADS",
     "POSITION_ATTENTION",
@@ -71,8 +72,8 @@ PADDING_DOWNSAMPLES = ("CogVideoXDownsample3D",)
 FRAME_NORMS = ("MochiChunkedGroupNorm3D",)
 """Group normalisation of each frame on its own."""
 
-GIVERS = ("GroupNorm", *PADS)
-"""Layers, beside those that interpolate, that can fetch the rows which a later layer needs."""
+MODULATED: Mapping[str, tuple[str, ...]] = {"LTXVideoResnetBlock3d": ("RMSNorm", "SiLU")}
+"""Residual blocks that move axes, and scale channels, between these layers and the ones before them."""
 
 POSITION_ATTENTION = ("HunyuanVideo15AttnBlock", "QwenImageAttentionBlock", "WanAttentionBlock")
 """Single-head attention after a normalisation that works position by position."""
@@ -88,6 +89,9 @@ ATTENTION = (
 GUIDED_NORMS = ("CogVideoXSpatialNorm3D",)
 """Normalisations that read the latent beside their input."""
 
+GIVERS = ("GroupNorm", *FRAME_NORMS, *GUIDED_NORMS, *PADS)
+"""Layers, beside those that interpolate, that can fetch the rows which a later layer needs."""
+
 MASKED_ATTENTION: Mapping[str, int] = {"HunyuanVideo15AttnBlock": 1, "HunyuanVideoMidBlock3D": 3}
 """Layers whose own code masks all positions by all positions; how many values it holds for each pair at once.
 
@@ -99,6 +103,6 @@ COVERING: Mapping[str, tuple[str, ...]] = {
     "Downsample2D": (),
     "HunyuanImageAttentionBlock": (),
     "SanaMultiscaleLinearAttention": ("Conv2d",),
-    **dict.fromkeys((*POSITION_ATTENTION, *FRAME_NORMS, *HOLDING_CONVOLUTIONS), ()),
+    **dict.fromkeys((*POSITION_ATTENTION, *FRAME_NORMS, *GUIDED_NORMS, *HOLDING_CONVOLUTIONS), ()),
 }
 """Layers replaced as a whole, each with the kinds of layer it still calls that exchange themselves."""

@@ -16,7 +16,7 @@ from vaepp_sdk.vae.trace import LayerCall, LayerTrace
 from vaepp_strategies.layers.parts import Parts
 from vaepp_strategies.layers.reach import Window
 from vaepp_strategies.shard_kinds import CLIP_CONVOLUTIONS, HOLDING_CONVOLUTIONS
-from vaepp_strategies.shard_steps import fetches_for, passes_through, visible_calls
+from vaepp_strategies.shard_steps import call_source, fetches_for, passes_through, visible_calls
 from vaepp_strategies.shard_windows import holding_call, window_of
 
 __all__ = ["giving_convolutions"]
@@ -98,10 +98,10 @@ def _before(trace: LayerTrace, index: int) -> int | None:
     """The convolution whose output another one reads, through layers that work position by position."""
     if not _looks_around(window_of(trace, index)):
         return None
-    source = trace.calls[index].source
+    source = call_source(trace, index)
     # Rows ride with statistics, and travel before they are doubled, in messages that are sent in any case.
     while source >= 0 and not fetches_for(trace, source, index) and passes_through(trace, source):
-        source = trace.calls[source].source
+        source = call_source(trace, source)
     source = holding_call(trace, source) if source >= 0 else source
     if source < 0 or trace.calls[source].kind not in CLIP_CONVOLUTIONS:
         return None

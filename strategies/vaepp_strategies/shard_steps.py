@@ -18,8 +18,10 @@ from vaepp_strategies.shard_kinds import (
     COVERING,
     FRAME_NORMS,
     GIVERS,
+    GUIDED_NORMS,
     HANDING_BACK,
     INTERPOLATING,
+    MODULATED,
     PADS,
     POSITION_ATTENTION,
     UPSAMPLES,
@@ -213,7 +215,6 @@ def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool, giving: f
     """The call that has rows for this one, `INPUT`, or None where this one must fetch them itself."""
     source = call_source(trace, index)
     while source >= 0:
-        call = trace.calls[source]
         holder = holding_call(trace, source)
         if trace.calls[holder].name in giving:
             return holder
@@ -223,7 +224,7 @@ def _giver(trace: LayerTrace, index: int, reach: Reach, chained: bool, giving: f
             return source
         if not passes_through(trace, source):
             return None
-        source = call.source
+        source = call_source(trace, source)
     return INPUT if source == INPUT else None
 
 
@@ -237,16 +238,25 @@ def _fetcher(trace: LayerTrace, index: int) -> int:
         call = trace.calls[source]
         if call.kind == "Conv2d" and call.in_shape[1] < trace.calls[best].in_shape[1]:
             best = source
-        source = call.source
+        source = call_source(trace, source)
     return best
 
 
 def call_source(trace: LayerTrace, index: int) -> int:
-    """Where a call's input comes from; some layers interpolate before they call their convolution."""
+    """Where a call's input comes from.
+
+    Some layers interpolate before they call their convolution. Others move axes, or scale channels, between
+    the layers that they call.
+    """
     call = trace.calls[index]
     around = trace.calls[call.inside] if call.inside >= 0 else None
-    own = around is not None and around.kind in (*INTERPOLATING, *UPSAMPLES_BY_CHOICE) and _upsamples(around)
-    return call.inside if own and call.source == UNKNOWN else call.source
+    if around is None or call.source != UNKNOWN:
+        return call.source
+    if call.kind in MODULATED.get(around.kind, ()):
+        before = [at for at in range(call.inside + 1, index) if trace.calls[at].inside == call.inside]
+        return before[-1] if before else around.source
+    own = around.kind in (*INTERPOLATING, *UPSAMPLES_BY_CHOICE) and _upsamples(around)
+    return call.inside if own else UNKNOWN
 
 
 def _upsamples(call: LayerCall) -> bool:
@@ -285,7 +295,7 @@ def _gives_for_nothing(trace: LayerTrace, index: int, reach: Reach) -> bool:
     while source >= 0 and not fetches_for(trace, source, index):
         if not passes_through(trace, source):
             return False
-        source = trace.calls[source].source
+        source = call_source(trace, source)
     if source < 0:
         return source == INPUT
     giver = trace.calls[source]
@@ -321,9 +331,10 @@ def _step(trace: LayerTrace, index: int, call: LayerCall, reach: Reach) -> Shard
     groups = _own_groups(trace, index)
     if groups:
         return attrs.evolve(step, kind="statistics and positions", groups=groups, width=shape[1])
-    if call.kind in FRAME_NORMS:
-        groups = shape[2] * int(trace.calls[index + 1].setting("num_groups"))
-        return attrs.evolve(step, kind="statistics", groups=groups)
+    if call.kind in FRAME_NORMS or call.kind in GUIDED_NORMS:
+        inner = next(other for other in trace.calls[index + 1 :] if other.kind == "GroupNorm")
+        groups = int(inner.setting("num_groups")) * (frames if call.kind in FRAME_NORMS else 1)
+        return attrs.evolve(step, kind="statistics", channels=channels, reach=reach, groups=groups)
     if call.kind in POSITION_ATTENTION:
         return attrs.evolve(step, kind="positions", width=shape[1])
     if call.kind == "Attention" and call.in_shape[0] > 1:

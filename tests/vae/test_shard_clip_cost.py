@@ -58,6 +58,8 @@ WAN = (WanAdapter, diffusers.AutoencoderKLWan)
 HUNYUAN = (HunyuanVideoAdapter, diffusers.AutoencoderKLHunyuanVideo)
 LTX = (LTXVideoAdapter, diffusers.AutoencoderKLLTXVideo)
 LTX_2 = (LTX2VideoAdapter, diffusers.AutoencoderKLLTX2Video)
+COGVIDEOX = (CogVideoXAdapter, diffusers.AutoencoderKLCogVideoX)
+MOCHI = (MochiAdapter, diffusers.AutoencoderKLMochi)
 HUNYUAN_15 = (HunyuanVideo15Adapter, diffusers.AutoencoderKLHunyuanVideo15)
 LTX_2_CONFIG = {
     "spatial_compression_ratio": 32,
@@ -70,8 +72,15 @@ SHARES: list[tuple[Any, ...]] = [
     (*WAN, {}, "encode", (1, 3, 9, 480, 832), {4: (78, 45)}),
     (*WAN, WAN_22, "decode", (1, 48, 3, 30, 52), {4: (102, 69)}),
     (*HUNYUAN_15, {}, "decode", (1, 32, 2, 30, 52), {4: (40, 25)}),
-    (*LTX, {}, "encode", (1, 3, 9, 512, 768), {4: (43, 43)}),
+    (*LTX, {}, "decode", (1, 128, 2, 16, 24), {2: (42, 22), 4: (42, 33)}),
+    (*LTX, {}, "encode", (1, 3, 9, 512, 768), {4: (43, 34)}),
     (*LTX_2, LTX_2_CONFIG, "decode", (1, 128, 2, 16, 24), {2: (44, 23), 4: (44, 38)}),
+    # Rows ride with the statistics of the normalisation before, of which there are 29, 37, 29, 38 and 55.
+    (*HUNYUAN, {}, "decode", (1, 16, 2, 30, 52), {4: (33, 33)}),
+    (*COGVIDEOX, {}, "decode", (1, 16, 3, 30, 44), {4: (41, 41)}),
+    (*COGVIDEOX, {}, "encode", (1, 3, 5, 240, 352), {4: (33, 33)}),
+    (*MOCHI, {}, "decode", (1, 12, 2, 30, 52), {4: (38, 38)}),
+    (*MOCHI, {}, "encode", (1, 3, 7, 240, 416), {4: (55, 55)}),
 ]
 FULL = [
     (*WAN, {}, ((16, 1, 60, 104), (16, 4, 30, 52)), ((3, 13, 240, 416),)),

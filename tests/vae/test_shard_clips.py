@@ -76,6 +76,9 @@ LONG = [  # bands whose rows travel while they are convolved
     Case((33, 2), 1, vae="hunyuan", dtype=F64),
     Case((33, 2), 2, vae="ltx 2", dtype=F64, build=MIRRORED),
     Case((35, 2), 4, vae="cogvideox", dtype=F64),
+    Case((33, 2), 2, vae="ltx", batch=2),
+    Case((33, 2), 2, vae="ltx", build={"timestep_conditioning": False}),
+    Case((640, 32), 9, vae="ltx", direction=E),
 ]
 PART = [
     Case((7, 3), 2, vae="wan", size=2, active=2),

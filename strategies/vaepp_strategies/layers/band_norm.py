@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vaepp_strategies.layers.bands import Bands
+from vaepp_strategies.layers.bands import Bands, RowMap
 from vaepp_strategies.layers.joined import activate_joined
 from vaepp_strategies.layers.norm import apply_statistics, merge_moments, moments
 from vaepp_strategies.layers.parts import Scale
-from vaepp_strategies.layers.reach import NO_ROWS, Reach
+from vaepp_strategies.layers.reach import Reach
 
 __all__ = ["band_frame_norm", "band_group_norm", "band_pointwise"]
 
@@ -51,22 +51,36 @@ def band_group_norm(
     return forward
 
 
-def band_frame_norm(norm: nn.GroupNorm, bands: Bands, scale: Scale) -> Callable[[torch.Tensor], torch.Tensor]:
+def band_frame_norm(
+    norm: nn.GroupNorm, bands: Bands, reach: Reach, scale: Scale
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward for `norm` on every frame of a clip; the statistics of all frames travel together.
 
     Args:
         norm: the layer.
         bands: this rank's band.
+        reach: the rows that ride; none where an earlier layer gave those around the input.
         scale: the resolution of its input, `(batch, channels, frames, rows, columns)`.
     """
-    normalise = band_group_norm(norm, bands, NO_ROWS, scale)
+    normalise = band_group_norm(norm, bands, reach, scale)
+
+    def pictures(clip: torch.Tensor) -> torch.Tensor:
+        return clip.transpose(1, 2).flatten(0, 1)
 
     def forward(clip: torch.Tensor) -> torch.Tensor:
-        frames = clip.transpose(1, 2).flatten(0, 1)
-        by_clip: torch.Tensor = normalise(frames).unflatten(0, (clip.shape[0], clip.shape[2]))
-        return by_clip.transpose(1, 2)
+        return bands.mapped(normalise(bands.mapped(clip, pictures)), _clips_of(clip.shape[2]))
 
     return forward
+
+
+def _clips_of(count: int) -> RowMap:
+    """Pictures as clips of so many frames; it must not keep a clip alive, for rows are kept with it."""
+
+    def clips(frames: torch.Tensor) -> torch.Tensor:
+        by_clip: torch.Tensor = frames.unflatten(0, (-1, count)).transpose(1, 2)
+        return by_clip
+
+    return clips
 
 
 def band_pointwise(

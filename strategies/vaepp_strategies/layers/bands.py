@@ -105,6 +105,13 @@ class Bands(Exchange):
         found: Halo | None = self._halos.get(tensor)
         return found
 
+    def mapped(self, tensor: torch.Tensor, layer: RowMap) -> torch.Tensor:
+        """What a layer gives that works position by position; rows kept around its input pass it too."""
+        result, halo = layer(tensor), self.carried(tensor)
+        if halo is not None:
+            self.carry(result, halo.mapped(layer))
+        return result
+
     def forget(self, tensor: torch.Tensor) -> None:
         """Drop the rows kept around a tensor: it was written over."""
         self._halos.pop(tensor, None)
