@@ -111,12 +111,16 @@ def test_a_single_rank_needs_no_group() -> None:
         engine.run({})
 
 
-def _stuck_where_no_limit_is_near(rank: int) -> None:
+def started(rank: int, run: Callable[[Mapping[str, Any]], Answer]) -> JoinedRank:
+    """One of two ranks, loaded, that does this for a request."""
     engine = joined(rank, 2)
     engine.start()
-    work = engine._work
-    assert work is not None
+    assert engine._work is not None
+    engine._work.run = run  # type: ignore[assignment, method-assign]
+    return engine
 
+
+def _stuck_where_no_limit_is_near(rank: int) -> None:
     def fail(request: Mapping[str, Any]) -> Answer:
         raise ValueError("struck")
 
@@ -124,7 +128,7 @@ def _stuck_where_no_limit_is_near(rank: int) -> None:
         threading.Event().wait()
         raise AssertionError
 
-    work.run = sleep if rank == 1 else fail  # type: ignore[method-assign]
+    engine = started(rank, sleep if rank == 1 else fail)
     error_of(lambda: engine.run({"seed": 0}))
     time.sleep(60)  # keeps the store, and rank 1 from being ended by whoever started both
 
@@ -137,15 +141,10 @@ def test_a_rank_that_is_stuck_when_the_job_is_over_ends_itself() -> None:
 
 
 def _nobody_comes_to_a_gate(rank: int) -> str:
-    engine = joined(rank, 2)
-    engine.start()
-    work = engine._work
-    assert work is not None
-
     def wait(request: Mapping[str, Any]) -> Answer:
         raise PeerError(0, [1], "before decoding", "not there after 9 s")
 
-    work.run = wait  # type: ignore[method-assign]
+    engine = started(rank, wait)
     if rank == 0:
         return error_of(lambda: engine.run({"seed": 0}))
     engine._board.post("request 1", {"seed": 0})
